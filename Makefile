@@ -1,0 +1,96 @@
+# make demo   a real model pair, built and answering a prompt
+# make test   the tests          make lint   ruff and pyright          make bench   the three modes timed side by side
+# make serve  the demo's engine behind a Triton Inference Server and an OpenAI-compatible port; make serve-env sets that up
+# make clean  remove what the other targets made here: the environment, fetched models, the demo's engine, caches
+#
+# Each target sets up what it needs the first time and does nothing again the next. Variables to override:
+#   PYTHON=python3.12     the interpreter of the virtual environment (3.11 to 3.13)
+#   PIP_FLAGS=...         further options of pip install, such as --extra-index-url or --find-links
+#   PROMPT="..."          what the demo asks
+#   TESTS="tests/build"   what to test, and with which options of pytest
+
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
+
+TARGET := .models/smollm2-135m-instruct
+DRAFT := .models/smollm2-draft
+SHIPPED := $(wildcard models/smollm2-draft/*)
+ENGINE := engines/smollm2-tp1
+BUILD := --particles 16 --draft-tokens 8 --max-seq-len 2048
+PROMPT ?= Why is the sky blue? Answer in two sentences.
+RUN := --n 4 --k 4 --temperature 0.7 --seed 1 --max-tokens 120
+CHECKED := build smc_plugin engines triton_repo scripts tests
+SERVE_ENV := .venv-serve
+SERVE := --openai-port 8080
+
+.PHONY: demo test lint bench serve serve-env models clean
+.DELETE_ON_ERROR:
+
+demo: $(ENGINE)/manifest.json
+	@$(BIN)/smc-run --engine $(ENGINE) $(RUN) "$(PROMPT)"
+
+test: $(VENV)/.dev-installed $(DRAFT)/config.json $(SERVE_ENV)/.installed
+	@$(BIN)/python -m pytest -q $(TESTS)
+
+lint: $(VENV)/.dev-installed
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/pyright
+
+bench: $(ENGINE)/manifest.json
+	$(BIN)/smc-bench --engine $(ENGINE)
+
+serve: $(ENGINE)/manifest.json serve-env
+	@$(BIN)/smc-serve --engine $(ENGINE) $(SERVE)
+
+serve-env: $(VENV)/.serve-installed $(SERVE_ENV)/.installed
+
+models: $(DRAFT)/config.json
+
+clean:
+	rm -rf $(VENV) $(SERVE_ENV) .models $(ENGINE) .pytest_cache .ruff_cache .hypothesis dist
+	find $(CHECKED) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first: what comes later must not choose another version of it
+$(VENV)/.runtime-installed: requirements/torch.txt requirements/runtime.txt pyproject.toml
+ifeq ($(PYTHON),)
+	$(error no Python 3.11, 3.12 or 3.13 was found, one is needed: install it, or name it with make PYTHON=/path/to/python3.11)
+endif
+	@echo "setting up $(VENV) with $(PYTHON) (some minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "$(PYTHON) could not make a virtual environment: install its venv package (python3-venv)" >&2; exit 1; }
+	@$(PIP) -r requirements/torch.txt -c requirements/runtime.txt
+	@$(PIP) -r requirements/torch.txt -r requirements/runtime.txt
+	@$(PIP) --no-deps -e .
+	@touch $@
+
+$(VENV)/.dev-installed: $(VENV)/.serve-installed requirements/dev.txt requirements/tensorrt.txt requirements/serve-test.txt
+	@echo "adding what tests and lint need"
+	@$(PIP) -r requirements/torch.txt -r requirements/runtime.txt -r requirements/serve.txt -r requirements/serve-test.txt \
+		-r requirements/dev.txt
+	@$(PIP) --no-deps -r requirements/tensorrt.txt
+	@touch $@
+
+$(VENV)/.serve-installed: $(VENV)/.runtime-installed requirements/serve.txt
+	@echo "adding what serving needs"
+	@$(PIP) -r requirements/torch.txt -r requirements/runtime.txt -r requirements/serve.txt
+	@touch $@
+
+# an environment of its own, because the server's Python backend needs numpy below 2
+$(SERVE_ENV)/.installed: requirements/serve-stub.txt requirements/serve-server.txt | $(VENV)/.runtime-installed
+	@echo "setting up $(SERVE_ENV) with the Triton Inference Server"
+	@test -x $(SERVE_ENV)/bin/python || $(PYTHON) -m venv $(SERVE_ENV)
+	@$(SERVE_ENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements/serve-stub.txt
+	@$(SERVE_ENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps -r requirements/serve-server.txt
+	@touch $@
+
+# fetch_models.py keeps a folder that is there, so other shipped layers need the draft assembled anew
+$(DRAFT)/config.json: $(SHIPPED) | $(VENV)/.runtime-installed
+	@rm -rf $(DRAFT)
+	@$(BIN)/python scripts/fetch_models.py --output $(dir $(TARGET))
+
+$(ENGINE)/manifest.json: $(DRAFT)/config.json $(wildcard build/*.py) | $(VENV)/.runtime-installed
+	@$(BIN)/smc-build --checkpoint $(TARGET) --draft $(DRAFT) --output $(ENGINE) $(BUILD) --force

@@ -1,0 +1,175 @@
+"""The command smc-build.
+
+    smc-build --checkpoint checkpoints/big --draft checkpoints/small      build engines/big-tp1/
+    smc-build --checkpoint llama-8b --random-weights                      a preset's shapes, for speed work
+    smc-build --inspect engines/big-tp1                                   verify and describe an engine directory
+
+It prints the plan, shows progress on standard error and ends with time, path and the next command. Errors are one
+line, exit 1.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from smc_build.builder import build_engine
+from smc_build.dtypes import ENGINE_DTYPES
+from smc_build.engine_dir import Manifest, load_manifest, tokenizer_path
+from smc_build.machine import format_bytes
+from smc_build.plan import DEFAULT_MAX_SEQ_LEN, BuildOptions, BuildPlan, option_defaults
+from smc_build.plan_text import describe, preset_list
+from smc_build.tensorrt_api import COMPILERS
+from smc_plugin.errors import ConfigError, SmcError
+
+
+class Terminal:
+    """Progress on a terminal: the plan on standard output, bars on standard error."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def plan(self, plan: BuildPlan) -> None:
+        """Print the plan."""
+        print(describe(plan), end="\n\n", flush=True)
+
+    def compiled(self, label: str, num_plans: int, num_bytes: int, seconds: float) -> None:
+        """Print what was compiled."""
+        print(f"  {label}: {num_plans} plans compiled in {seconds:.1f} s, {format_bytes(num_bytes)}", flush=True)
+
+    def start(self, label: str, total_bytes: int) -> None:
+        """Open a bar."""
+        self._bar = tqdm(total=total_bytes, desc=f"  {label}", unit="B", unit_scale=True, file=sys.stderr)
+
+    def advance(self, num_bytes: int) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(num_bytes)
+
+    def finish(self) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run smc-build.
+
+    Args:
+        argv: arguments without the program's name; None takes the process's.
+    Returns:
+        the exit code: 0, 1 for an error that is printed, 130 when interrupted.
+    """
+    arguments = vars(_parser().parse_args(argv))
+    inspect = arguments.pop("inspect")
+    try:
+        if inspect is not None:
+            _inspect(inspect)
+        else:
+            _build(arguments)
+    except SmcError as error:
+        print(f"smc-build: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"smc-build: {error}: check the disk and the permissions of the output folder", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("smc-build: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _build(arguments: dict[str, object]) -> None:
+    if arguments["checkpoint"] is None:
+        raise ConfigError("nothing to build, expected --checkpoint: name a folder or a preset (--help lists them)")
+    started = time.perf_counter()
+    path = build_engine(BuildOptions(**arguments), Terminal())  # type: ignore[arg-type]
+    seconds = time.perf_counter() - started
+    has_tokenizer = tokenizer_path(path) is not None
+    prompt = '"Why is the sky blue?"' if has_tokenizer else "--prompt-ids 1,2,3"
+    print(f"Built {path} in {seconds:.1f} s. Next:\n\n    smc-run --engine {path} {prompt}")
+
+
+def _inspect(path: Path) -> None:
+    manifest = load_manifest(path)
+    print(_describe_manifest(path, manifest))
+
+
+def _describe_manifest(path: Path, manifest: Manifest) -> str:
+    lines = [
+        f"{path}: engine {manifest.name}, format {manifest.format_version}, built {manifest.created}",
+        f"  {manifest.dtype}, tp {manifest.tp}, {manifest.weights} weights, compiler {manifest.compiler}",
+        f"  N <= {manifest.max_particles}, K <= {manifest.max_draft_tokens}, {manifest.max_groups} requests at once, "
+        f"{manifest.max_seq_len} tokens each, pages of {manifest.page_size}",
+        f"  row buckets {', '.join(map(str, manifest.row_buckets))}",
+    ]
+    for role, entry in (("target", manifest.target), ("draft", manifest.draft)):
+        if entry is None:
+            lines.append(f"  {role}: none")
+            continue
+        config = entry.config
+        lines.append(
+            f"  {role}: {entry.source}, {config.family}, {config.num_layers} layers, {config.num_parameters:,} "
+            "parameters, "
+            f"{format_bytes(config.weight_bytes(manifest.dtype))}, KV "
+            f"{config.kv_bytes_per_token(manifest.dtype):,} bytes "
+            f"per token, source {entry.source_sha256[:12]}"
+        )
+    total = sum(entry.bytes for entry in manifest.files.values())
+    plans = [name for name in manifest.files if name.endswith(".plan")]
+    if plans:
+        lines.append(
+            f"  {len(plans)} plans of {manifest.plans['compiler']} {manifest.plans['version']} "
+            f"(GPU: {manifest.plans['gpu']}), {format_bytes(sum(manifest.files[name].bytes for name in plans))}"
+        )
+    lines.append(f"  versions {', '.join(f'{name} {version}' for name, version in manifest.versions.items())}")
+    lines.append(f"  {len(manifest.files)} files, {format_bytes(total)}, all sizes and hashes right")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = option_defaults()
+    parser = argparse.ArgumentParser(
+        prog="smc-build",
+        description="Turn a target and a draft checkpoint into an engine directory.",
+        epilog=f"presets:\n{preset_list()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    def add(flag: str, kind: type, text: str) -> None:
+        name = flag[2:].replace("-", "_")
+        metavar = {int: "N", Path: "DIR"}.get(kind, name.upper())
+        parser.add_argument(flag, type=kind, default=defaults.get(name), metavar=metavar, help=text)
+
+    add("--checkpoint", str, "target: a Hugging Face folder or a preset")
+    add("--draft", str, "draft: a folder, a preset, or 'none' (default: the preset's)")
+    add("--tp", int, f"tensor-parallel ranks (default {defaults['tp']})")
+    add("--dtype", str, f"{' or '.join(ENGINE_DTYPES)} (default: bfloat16 for presets and with a GPU, else float32)")
+    add("--particles", int, f"largest number of particles N (default {defaults['particles']})")
+    add("--draft-tokens", int, f"largest number of draft tokens K (default {defaults['draft_tokens']})")
+    add("--groups", int, f"requests at once (default {defaults['groups']})")
+    add("--max-seq-len", int, f"longest prompt + answer (default: {DEFAULT_MAX_SEQ_LEN} or what the models support)")
+    add("--page-size", int, f"tokens per KV page, a power of two (default {defaults['page_size']})")
+    add("--output", Path, "engine directory to write (default engines/<name>-tp<N>)")
+    add("--name", str, "name of the engine (default: the target's)")
+    add("--seed", int, f"seed of --random-weights (default {defaults['seed']})")
+    add(
+        "--compiler",
+        str,
+        f"{', '.join(COMPILERS)} (default {defaults['compiler']}: the first of these that can compile here; torch for "
+        "float32)",
+    )
+    parser.add_argument(
+        "--random-weights", action="store_true", help="seeded random weights in the checkpoint's shapes"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing engine directory")
+    parser.add_argument("--inspect", type=Path, metavar="ENGINE_DIR", help="verify and describe an engine directory")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

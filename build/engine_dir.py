@@ -1,0 +1,251 @@
+"""The engine directory: its layout, its manifest, and what is checked when one is loaded.
+
+    manifest.json      format version, model configs, limits, buckets, sizes and hashes of every other file
+    target/, draft/    config.json, weights/rank<r>.safetensors and plans/<region>.<rows>.plan, when there are plans
+                       (draft/ only when there is a draft)
+    tokenizer/         tokenizer files as the checkpoint had them
+
+`load_manifest(path)` always checks the format version, that every listed file is there and that its size is right; with
+verify=True, the default, it also hashes every file, so a flipped bit is caught (about 1 s per GB and core; several
+files are hashed at a time). verify=False skips only the hashes. `load_weights` checks names, shapes and dtype and
+maps the file.
+"""
+
+import dataclasses
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from smc_build.dtypes import torch_dtype
+from smc_build.model_config import ModelConfig
+from smc_build.shard_file import FileEntry, hash_file
+from smc_build.weights import weight_shapes
+from smc_plugin.errors import EngineDirError
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+TOKENIZER_FOLDER = "tokenizer"
+Role = Literal["target", "draft"]
+_REBUILD = "rebuild the engine directory with smc-build"
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model of an engine: its config, the name it was built from and a SHA-256 over the files it was built from."""
+
+    config: ModelConfig
+    source: str
+    source_sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a run time must know about an engine directory besides the tensors.
+
+    max_particles, max_draft_tokens and max_groups bound what requests may ask (N, K, requests at once); max_seq_len and
+    page_size count tokens; row_buckets are the row counts that regions are prepared for. plans is empty with the torch
+    back end, else it holds compiler, version, gpu and files (role to region to rows to path). tactics stays empty until
+    regions are timed. files maps relative paths to sizes and hashes.
+    """
+
+    name: str
+    created: str
+    dtype: str
+    tp: int
+    max_particles: int
+    max_draft_tokens: int
+    max_groups: int
+    max_seq_len: int
+    page_size: int
+    weights: Literal["random", "checkpoint"]
+    target: ModelEntry
+    draft: ModelEntry | None
+    row_buckets: tuple[int, ...]
+    compiler: str = "torch"
+    plans: dict[str, Any] = field(default_factory=dict)
+    tactics: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def model(self, role: Role) -> ModelEntry:
+        """Return the entry of a role.
+
+        Raises:
+            EngineDirError: the engine has no draft.
+        """
+        entry = self.target if role == "target" else self.draft
+        if entry is None:
+            raise EngineDirError(
+                f"engine {self.name} was built without a draft, expected one for this mode: use --mode target or "
+                "rebuild"
+            )
+        return entry
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; `from_dict` reads them back."""
+        values = dataclasses.asdict(self)
+        values["row_buckets"] = list(self.row_buckets)
+        for role, entry in (("target", self.target), ("draft", self.draft)):
+            if entry is not None:
+                values[role]["config"] = entry.config.to_dict()
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Manifest":
+        """Rebuild a manifest from `to_dict`.
+
+        Raises:
+            EngineDirError: another format version, or a field is missing or unknown.
+        """
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise EngineDirError(
+                f"{MANIFEST_FILE} has format version {version!r}, expected {FORMAT_VERSION}: {_REBUILD}"
+            )
+        try:
+            return cls(
+                **{
+                    **values,
+                    "target": _model_entry(values["target"]),
+                    "draft": None if values["draft"] is None else _model_entry(values["draft"]),
+                    "row_buckets": tuple(values["row_buckets"]),
+                    "files": {name: FileEntry(**entry) for name, entry in values["files"].items()},
+                }
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise EngineDirError(
+                f"{MANIFEST_FILE} does not read as format {FORMAT_VERSION} ({error}), expected its fields: {_REBUILD}"
+            ) from error
+
+
+def _model_entry(values: dict[str, Any]) -> ModelEntry:
+    return ModelEntry(**{**values, "config": ModelConfig.from_dict(values["config"])})
+
+
+def is_engine_dir(path: Path) -> bool:
+    """Whether a folder holds a manifest, sound or not."""
+    return (path / MANIFEST_FILE).is_file()
+
+
+def weight_file(role: Role, rank: int) -> str:
+    """Relative path of a rank's weight shard."""
+    return f"{role}/weights/rank{rank}.safetensors"
+
+
+def load_manifest(path: Path | str, verify: bool = True) -> Manifest:
+    """Read and check an engine directory.
+
+    Args:
+        path: the engine directory.
+        verify: also hash every file (see the module's text for what is always checked).
+    Returns:
+        the manifest.
+    Raises:
+        EngineDirError: not an engine directory, another format, or a missing, resized or altered file.
+    """
+    path = Path(path)
+    if not is_engine_dir(path):
+        raise EngineDirError(
+            f"{path} is not an engine directory, expected a {MANIFEST_FILE} in it: correct the path or run smc-build"
+        )
+    try:
+        values = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EngineDirError(f"cannot read {MANIFEST_FILE} ({error}), expected JSON: {_REBUILD}") from error
+    if not isinstance(values, dict):
+        raise EngineDirError(f"{MANIFEST_FILE} holds a {type(values).__name__}, expected a JSON object: {_REBUILD}")
+    manifest = Manifest.from_dict(values)
+    for name, entry in manifest.files.items():
+        _check_file(path, name, entry)
+    if verify:
+        _check_hashes(path, manifest.files)
+    return manifest
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write manifest.json; the last file of a build, because its presence makes a folder an engine directory."""
+    (path / MANIFEST_FILE).write_text(json.dumps(manifest.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def load_weights(
+    path: Path | str,
+    role: Role,
+    rank: int = 0,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+) -> dict[str, torch.Tensor]:
+    """Load one model's canonical weights.
+
+    Args:
+        path: the engine directory.
+        role: "target" or "draft".
+        rank: the tensor-parallel rank, from 0.
+        device: where the tensors go; on the CPU they are mapped, not read.
+        dtype: converts when it differs from the engine's; None keeps the engine's.
+    Returns:
+        canonical name to tensor, shaped as `weight_shapes` says.
+    Raises:
+        EngineDirError: no such model or rank, or the file does not hold the expected tensors.
+    """
+    path = Path(path)
+    manifest = load_manifest(path, verify=False)
+    shapes = weight_shapes(manifest.model(role).config)
+    name = weight_file(role, rank)
+    if name not in manifest.files:
+        raise EngineDirError(
+            f"{name} is not in the engine directory, expected ranks 0 to {manifest.tp - 1}: correct the rank or rebuild"
+        )
+    wanted, out = torch_dtype(dtype or manifest.dtype), {}
+    try:
+        with safe_open(path / name, framework="pt", device=str(device)) as file:
+            for key in file.keys():  # noqa: SIM118 - the handle is not iterable
+                out[key] = file.get_tensor(key).to(wanted)
+    except (SafetensorError, OSError) as error:
+        raise EngineDirError(f"cannot read {name} ({error}), expected a safetensors file: {_REBUILD}") from error
+    found = {key: tuple(tensor.shape) for key, tensor in out.items()}
+    for key in [*shapes, *found]:
+        if found.get(key) != shapes.get(key):
+            raise EngineDirError(
+                f"{name}: tensor {key} has shape {found.get(key)}, expected {shapes.get(key)}: {_REBUILD}"
+            )
+    return out
+
+
+def tokenizer_path(path: Path | str) -> Path | None:
+    """Return the folder with the tokenizer files, or None for an engine built without a tokenizer."""
+    folder = Path(path) / TOKENIZER_FOLDER
+    return folder if folder.is_dir() else None
+
+
+def _check_file(path: Path, name: str, entry: FileEntry) -> None:
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts or not (path / name).resolve().is_relative_to(path.resolve()):
+        raise EngineDirError(
+            f"{MANIFEST_FILE} lists {name!r}, expected a file inside the engine directory: do not use this directory"
+        )
+    if not (path / name).is_file():
+        raise EngineDirError(
+            f"{name} is missing, expected {entry.bytes} bytes: copy the engine directory again or rebuild it"
+        )
+    size = (path / name).stat().st_size
+    if size != entry.bytes:
+        raise EngineDirError(
+            f"{name} has {size} bytes, expected {entry.bytes}: copy the engine directory again or rebuild it"
+        )
+
+
+def _check_hashes(path: Path, files: dict[str, FileEntry]) -> None:
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(lambda name: hash_file(path / name).sha256, files)
+    for (name, entry), found in zip(files.items(), hashes, strict=True):
+        if found != entry.sha256:
+            raise EngineDirError(
+                f"{name} is damaged: SHA-256 {found[:12]}..., expected {entry.sha256[:12]}...: copy the engine "
+                "directory again or rebuild it"
+            )

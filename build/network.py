@@ -1,0 +1,172 @@
+"""The decoder, written once, as regions over an op set.
+
+A region is a stretch of the network between two attention calls. Weights are region inputs, so one region serves
+every layer:
+
+    entry:  attn_norm, qkv                                                        residual -> qkv
+    block:  o, add, mlp_norm, gate/up, silu*mul, down, add, next norm, next qkv   attention, residual -> qkv, residual
+    exit:   the same up to the second add, then the final norm                    attention, residual -> hidden
+    head:   lm_head                                                               hidden -> logits
+
+A model of L layers runs entry(0), attention(0), block(0), attention(1), ..., block(L-2), attention(L-1), exit, head.
+Rope, the q/k norms of Qwen3 and attention belong to the caller: they read and write KV pages. Example: Llama-3.2-1B
+at 16 rows maps x [16, 2048] to qkv [16, 3072]; 15 block calls bind the same spec to other weights (`layer_inputs`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+from smc_build.dtypes import dtype_name
+from smc_build.model_config import ModelConfig
+from smc_build.weights import head_weight, layer_shapes
+from smc_plugin.errors import ConfigError
+
+RegionName = Literal["entry", "block", "exit", "head"]
+ROWS = "rows"
+
+
+class Ops(Protocol):
+    """What a back end must be able to do; a tensor is whatever the back end uses for one.
+
+    Every op is free of data-dependent control flow, so that a back end may record a network instead of computing.
+    Quantization and collectives join as further methods; regions that do not call them are unaffected.
+    """
+
+    def matmul(self, x: Any, w: Any, bias: Any = None, transpose_w: bool = False) -> Any:
+        """x [rows, in] @ w [in, out] (or w [out, in] with transpose_w), plus bias [out]."""
+        ...
+
+    def rms_norm(self, x: Any, w: Any, eps: float) -> Any:
+        """Divide each row by the root of its mean square plus eps, in float32, and scale by w."""
+        ...
+
+    def silu_mul(self, gate_up: Any) -> Any:
+        """silu(first half of the columns) * second half: [rows, 2f] to [rows, f]."""
+        ...
+
+    def add(self, a: Any, b: Any) -> Any:
+        """Elementwise sum of two tensors of one shape."""
+        ...
+
+    def to_float32(self, x: Any) -> Any:
+        """Convert to float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A region's input or output: the row axis, which varies, is the string "rows"; dtype is a name."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class RegionSpec:
+    """One region: its inputs (activations first, then weights), outputs, and the function that composes it from ops."""
+
+    name: RegionName
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    build: Callable[[Ops, dict[str, Any]], dict[str, Any]]
+
+
+def region_specs(config: ModelConfig, dtype: str | torch.dtype) -> dict[str, RegionSpec]:
+    """Describe the four regions of a decoder.
+
+    Args:
+        config: the decoder.
+        dtype: element type of weights and activations; logits are float32.
+    Returns:
+        "entry", "block", "exit" and "head" to their specs.
+    """
+    name, eps = dtype_name(dtype), config.rms_eps
+    shapes = layer_shapes(config)
+
+    def rows(tensor: str, width: int, as_dtype: str = name) -> TensorSpec:
+        return TensorSpec(tensor, (ROWS, width), as_dtype)
+
+    def weights(*names: str, prefix: str = "") -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(prefix + weight, shapes[weight], name) for weight in names)
+
+    attention_in = ("attn_norm", "qkv", "qkv_bias") if config.qkv_bias else ("attn_norm", "qkv")
+    x, residual = rows("x", config.hidden_size), rows("residual", config.hidden_size)
+    attn, qkv, hidden = rows("attn", config.q_size), rows("qkv", config.qkv_size), rows("hidden", config.hidden_size)
+    mlp = weights("o", "mlp_norm", "gate_up", "down")
+    final_norm = TensorSpec("final_norm", (config.hidden_size,), name)
+    lm_head = TensorSpec("lm_head", (config.vocab_size, config.hidden_size), name)
+    logits = rows("logits", config.vocab_size, "float32")
+    regions = (
+        RegionSpec("entry", (x, *weights(*attention_in)), (qkv,), lambda ops, t: _entry(ops, t, eps)),
+        RegionSpec(
+            "block",
+            (attn, residual, *mlp, *weights(*attention_in, prefix="next_")),
+            (qkv, residual),
+            lambda ops, t: _block(ops, t, eps),
+        ),
+        RegionSpec("exit", (attn, residual, *mlp, final_norm), (hidden,), lambda ops, t: _exit(ops, t, eps)),
+        RegionSpec("head", (hidden, lm_head), (logits,), _head),
+    )
+    return {region.name: region for region in regions}
+
+
+def layer_inputs(config: ModelConfig, region: str, layer: int | None = None) -> dict[str, str]:
+    """Say which canonical weight each weight input of a region takes.
+
+    Args:
+        config: the decoder.
+        region: "entry" (layer 0), "block" (layers 0 to L-2), "exit" (layer L-1) or "head".
+        layer: the layer whose attention precedes the region; needed for "block" only.
+    Returns:
+        region input name to weight name.
+    Raises:
+        ConfigError: the region is unknown or the layer has no such region.
+    """
+    last = config.num_layers - 1
+    attention_in = ("attn_norm", "qkv", "qkv_bias") if config.qkv_bias else ("attn_norm", "qkv")
+    if region == "head":
+        return {"lm_head": head_weight(config)}
+    allowed = {"entry": (0, 0), "block": (0, last - 1), "exit": (last, last)}.get(region)
+    if allowed is None:
+        raise ConfigError(f"region {region!r} does not exist, expected entry, block, exit or head: correct the name")
+    index = allowed[0] if layer is None and region != "block" else layer
+    if index is None or not allowed[0] <= index <= allowed[1]:
+        raise ConfigError(
+            f"region {region!r} does not exist at layer {layer}, expected a layer from {allowed[0]} to "
+            f"{allowed[1]}: correct the layer"
+        )
+    if region == "entry":
+        return {weight: f"layers.{index}.{weight}" for weight in attention_in}
+    bound = {weight: f"layers.{index}.{weight}" for weight in ("o", "mlp_norm", "gate_up", "down")}
+    if region == "exit":
+        return {**bound, "final_norm": "final_norm"}
+    return {**bound, **{f"next_{weight}": f"layers.{index + 1}.{weight}" for weight in attention_in}}
+
+
+def _entry(ops: Ops, t: dict[str, Any], eps: float) -> dict[str, Any]:
+    normed = ops.rms_norm(t["x"], t["attn_norm"], eps)
+    return {"qkv": ops.matmul(normed, t["qkv"], t.get("qkv_bias"))}
+
+
+def _feed_forward(ops: Ops, t: dict[str, Any], eps: float) -> Any:
+    residual = ops.add(t["residual"], ops.matmul(t["attn"], t["o"]))
+    gate_up = ops.matmul(ops.rms_norm(residual, t["mlp_norm"], eps), t["gate_up"])
+    return ops.add(residual, ops.matmul(ops.silu_mul(gate_up), t["down"]))
+
+
+def _block(ops: Ops, t: dict[str, Any], eps: float) -> dict[str, Any]:
+    residual = _feed_forward(ops, t, eps)
+    normed = ops.rms_norm(residual, t["next_attn_norm"], eps)
+    return {"qkv": ops.matmul(normed, t["next_qkv"], t.get("next_qkv_bias")), "residual": residual}
+
+
+def _exit(ops: Ops, t: dict[str, Any], eps: float) -> dict[str, Any]:
+    return {"hidden": ops.rms_norm(_feed_forward(ops, t, eps), t["final_norm"], eps)}
+
+
+def _head(ops: Ops, t: dict[str, Any]) -> dict[str, Any]:
+    return {"logits": ops.to_float32(ops.matmul(t["hidden"], t["lm_head"], transpose_w=True))}

@@ -1,0 +1,247 @@
+"""What a build is going to do: options resolved against models and machine and checked. Nothing is written.
+
+Example: llama-8b with llama-1b, bfloat16, page size 16: a token takes 128 KiB of target and 32 KiB of draft KV, a page
+2.5 MiB; with 8 particles, K = 8 and 4 requests at once the row buckets are 8, 16, 32, 64, 96 (72 rows), 192 (144) and
+320 (288).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from smc_build.checkpoint import largest_tensor_bytes
+from smc_build.dtypes import dtype_name
+from smc_build.machine import device_memory, format_bytes, free_disk_bytes, free_memory_bytes
+from smc_build.presets import ModelSource, resolve
+from smc_build.tensorrt_api import load
+from smc_plugin.errors import CheckpointError, ConfigError, SmcError
+
+NO_DRAFT = "none"
+# Part of the free memory that KV pages may take together with the weights; the rest is for activations and the
+# allocator.
+_USABLE_MEMORY = 0.9
+# A build holds one canonical tensor, its stored parts and their converted copies.
+_TENSORS_IN_MEMORY = 3
+_SMALL_BUCKETS = (8, 16, 32, 48, 64, 96, 112, 128)
+_LIMITS = {"particles": (1, 256), "draft_tokens": (0, 64), "groups": (1, 256), "page_size": (1, 256), "tp": (1, 64)}
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a user asks of a build; the defaults of the command line are these.
+
+    checkpoint and draft are folders or preset names; draft None takes the preset's default and "none" builds without
+    one. dtype None is bfloat16 for presets and where there is a GPU, else float32 (CPUs compute it faster).
+    particles, draft_tokens and groups are the largest N, K and number of concurrent requests; smaller ones can be
+    asked at run time. max_seq_len None is the smaller of 4096 and what both models support. output None is
+    engines/<name>-tp<tp>.
+    """
+
+    checkpoint: str
+    draft: str | None = None
+    tp: int = 1
+    dtype: str | None = None
+    particles: int = 8
+    draft_tokens: int = 8
+    groups: int = 4
+    max_seq_len: int | None = None
+    page_size: int = 16
+    output: Path | None = None
+    name: str | None = None
+    random_weights: bool = False
+    seed: int = 0
+    force: bool = False
+    compiler: str = "auto"
+
+
+DEFAULT_MAX_SEQ_LEN = 4096
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """Resolved options: every default filled in, every range checked. Sizes are in bytes and tokens."""
+
+    options: BuildOptions
+    name: str
+    output: Path
+    dtype: str
+    max_seq_len: int
+    target: ModelSource
+    draft: ModelSource | None
+    row_buckets: tuple[int, ...]
+    memory_name: str
+    memory_bytes: int
+    compiler: str
+
+    @property
+    def models(self) -> list[ModelSource]:
+        """The target, and the draft when there is one."""
+        return [self.target] if self.draft is None else [self.target, self.draft]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(model.config.weight_bytes(self.dtype) for model in self.models)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one KV page, both models."""
+        return self.options.page_size * sum(model.config.kv_bytes_per_token(self.dtype) for model in self.models)
+
+    @property
+    def num_pages(self) -> int:
+        """KV pages that fit beside the weights into the memory that is free now, a rank's share each."""
+        spare = int(self.memory_bytes * _USABLE_MEMORY) - self.weight_bytes // self.options.tp
+        return max(0, spare * self.options.tp // self.page_bytes)
+
+    @property
+    def pages_per_request(self) -> int:
+        """KV pages a request takes at worst: every particle at full length, nothing shared."""
+        return self.options.particles * -(-self.max_seq_len // self.options.page_size)
+
+
+def make_plan(options: BuildOptions) -> BuildPlan:
+    """Resolve and check options; reads configurations, writes and fetches nothing.
+
+    Args:
+        options: what the user asked.
+    Returns:
+        the plan.
+    Raises:
+        ConfigError: an option is unknown or out of range, or the compiler is not installed.
+        CheckpointError: a model cannot be used, or draft and target do not fit each other.
+    """
+    _check_ranges(options)
+    target = resolve(options.checkpoint)
+    draft = _resolve_draft(options, target)
+    if draft is not None and draft.config.vocab_size != target.config.vocab_size:
+        raise CheckpointError(
+            f"draft {draft.name} has {draft.config.vocab_size} tokens, expected the target's "
+            f"{target.config.vocab_size}: "
+            "choose a draft with the same vocabulary"
+        )
+    models = [target] if draft is None else [target, draft]
+    memory_name, memory_bytes = device_memory()
+    name = options.name or target.name
+    dtype = _choose_dtype(options, target, memory_name)
+    api = load(options.compiler, dtype)
+    return BuildPlan(
+        options=options,
+        name=_checked_name(name),
+        output=options.output or Path("engines") / f"{name}-tp{options.tp}",
+        dtype=dtype,
+        max_seq_len=_choose_max_seq_len(options, models),
+        target=target,
+        draft=draft,
+        row_buckets=row_buckets(options.particles, options.draft_tokens, options.groups),
+        memory_name=memory_name,
+        memory_bytes=memory_bytes,
+        compiler="torch" if api is None else api.compiler,
+    )
+
+
+def check_buildable(plan: BuildPlan) -> None:
+    """Refuse what this version or this machine cannot build; called after the plan has been shown.
+
+    Raises:
+        ConfigError: more than one rank.
+        SmcError: too little memory or disk.
+    """
+    if plan.options.tp > 1:
+        raise ConfigError(
+            f"--tp {plan.options.tp} asks for tensor parallelism, expected --tp 1: this version runs one rank, "
+            "use --tp 1"
+        )
+    largest = max(largest_tensor_bytes(model.config, "float32") for model in plan.models)
+    needed, free = largest * _TENSORS_IN_MEMORY, free_memory_bytes()
+    if needed > free:
+        raise SmcError(
+            f"building needs {format_bytes(needed)} of memory for its largest tensor, {format_bytes(free)} are free: "
+            "close other programs or build on a larger machine"
+        )
+    # Tokenizers and the manifest are megabytes; the weights decide.
+    needed, free = plan.weight_bytes + (64 << 20), free_disk_bytes(plan.output)
+    if needed > free:
+        raise SmcError(
+            f"{plan.output} needs {format_bytes(needed)} of disk, {format_bytes(free)} are free: free some, or choose "
+            "another disk with --output"
+        )
+
+
+def row_buckets(particles: int, draft_tokens: int, groups: int) -> tuple[int, ...]:
+    """Row counts that regions are prepared for.
+
+    A round runs G*N rows (draft), 2*G*N (its first pass, two tokens) and G*N*(K+1) (score). G is a power of two up to
+    `groups`, or `groups` itself; each product is rounded up to a size that matrix units like.
+
+    Args:
+        particles: largest N.
+        draft_tokens: largest K.
+        groups: largest number of concurrent requests.
+    Returns:
+        ascending row counts.
+    """
+    sizes = {1 << exponent for exponent in range(groups.bit_length())} | {groups}
+    rows = {size * particles * factor for size in sizes for factor in (1, 2, draft_tokens + 1)}
+    return tuple(sorted({_round_rows(count) for count in rows | sizes}))
+
+
+def _check_ranges(options: BuildOptions) -> None:
+    for field, (low, high) in _LIMITS.items():
+        value = getattr(options, field)
+        if not low <= value <= high:
+            flag = "--" + field.replace("_", "-")
+            raise ConfigError(f"{flag} is {value}, expected {low} to {high}: choose a value in that range")
+    if options.page_size & (options.page_size - 1):
+        raise ConfigError(f"--page-size is {options.page_size}, expected a power of two: use 16")
+    if options.dtype is not None:
+        dtype_name(options.dtype)
+
+
+def _resolve_draft(options: BuildOptions, target: ModelSource) -> ModelSource | None:
+    name = options.draft or (target.preset.default_draft if target.preset else None)
+    if name is None:
+        raise ConfigError(
+            f"{options.checkpoint} has no default draft, expected --draft: name a smaller model with the same "
+            "tokenizer, or "
+            f"use --draft {NO_DRAFT} for an engine that decodes with the target alone"
+        )
+    return None if name == NO_DRAFT else resolve(name)
+
+
+def _choose_dtype(options: BuildOptions, target: ModelSource, memory_name: str) -> str:
+    default = "bfloat16" if target.preset is not None or memory_name == "GPU memory" else "float32"
+    return dtype_name(options.dtype or default)
+
+
+def _choose_max_seq_len(options: BuildOptions, models: list[ModelSource]) -> int:
+    supported = min(model.config.max_position for model in models)
+    if options.max_seq_len is None:
+        return min(supported, DEFAULT_MAX_SEQ_LEN)
+    # The shortest useful sequence: one prompt token, then a round of K+1.
+    shortest = options.draft_tokens + 2
+    if not shortest <= options.max_seq_len <= supported:
+        raise ConfigError(
+            f"--max-seq-len is {options.max_seq_len}, expected {shortest} (a round with K = {options.draft_tokens}) to "
+            f"{supported} (what the models support): choose a value in that range"
+        )
+    return options.max_seq_len
+
+
+def _checked_name(name: str) -> str:
+    if not name or not all(char.isalnum() or char in "-_." for char in name) or name.startswith("."):
+        raise ConfigError(f"--name is {name!r}, expected letters, digits, '-', '_' and '.': choose such a name")
+    return name
+
+
+def _round_rows(rows: int) -> int:
+    for bucket in _SMALL_BUCKETS:
+        if rows <= bucket:
+            return bucket
+    step = 64 if rows <= 512 else 256
+    return -(-rows // step) * step
+
+
+def option_defaults() -> dict[str, object]:
+    """Default of every optional BuildOptions field, for the command line's help."""
+    return {f.name: f.default for f in dataclasses.fields(BuildOptions) if f.default is not dataclasses.MISSING}

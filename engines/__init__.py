@@ -1,0 +1,1 @@
+"""Run time: from an engine directory to tokens."""

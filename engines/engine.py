@@ -1,0 +1,243 @@
+"""A loaded engine directory: weights, tokenizer and what a request may ask of it."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from smc_build.builder import BuildOptions, WeightSource, random_engine
+from smc_build.engine_dir import Manifest, Role, load_manifest, load_weights, tokenizer_path
+from smc_build.model_config import ModelConfig
+from smc_engines.config import ExecutorConfig, free_memory_bytes
+from smc_engines.kv_cache import total_blocks, worst_case_pages
+from smc_engines.model import PagedModel
+from smc_engines.rounds import RoundKind
+from smc_engines.sampling_params import SamplingParams
+from smc_engines.state import MAX_EOS_IDS
+from smc_engines.text import Tokenizer
+from smc_plugin.errors import EngineDirError, RequestError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on requests, from the manifest."""
+
+    max_particles: int
+    max_draft_tokens: int
+    max_seq_len: int
+    vocab_size: int
+    has_draft: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request's parameters with every default resolved against the engine.
+
+    Args:
+        kind: the kind of round it takes part in.
+        num_pages: its worst case.
+        seed: signed 64-bit.
+        stop_ids: token ids that end it.
+        temperature, draft_temperature, top_k: after greedy (temperature 0) became top_k 1.
+    """
+
+    params: SamplingParams
+    kind: RoundKind
+    num_pages: int
+    seed: int
+    stop_ids: tuple[int, ...]
+    temperature: float
+    draft_temperature: float
+    top_k: int
+
+    @property
+    def uses_draft(self) -> bool:
+        """Whether the draft model runs for this request."""
+        return self.kind.num_draft_tokens > 0
+
+
+class Engine:
+    """Target, draft (or None), tokenizer (or None) and limits.
+
+    Args:
+        manifest: what the models are and what requests may ask.
+        weights: gives a model's canonical weights on a device.
+        tokenizer: None serves token ids only.
+    """
+
+    def __init__(
+        self, manifest: Manifest, weights: WeightSource, tokenizer: Tokenizer | None, config: ExecutorConfig
+    ) -> None:
+        self.manifest = manifest
+        self.path = Path(manifest.name)
+        self.config = config
+        self.device = config.torch_device()
+        self.tokenizer = tokenizer
+        target = manifest.target.config
+        draft = manifest.draft.config if manifest.draft is not None else None
+        self.eos_ids = target.eos_ids
+        if len(self.eos_ids) > MAX_EOS_IDS:
+            raise EngineDirError(
+                f"engine {manifest.name}: the target names {len(self.eos_ids)} end tokens, expected at most {MAX_EOS_IDS}: "
+                "shorten eos_token_id in the checkpoint and rebuild"
+            )
+        self.limits = Limits(
+            manifest.max_particles,
+            manifest.max_draft_tokens if draft is not None else 0,
+            manifest.max_seq_len,
+            target.vocab_size,
+            draft is not None,
+        )
+        self.max_groups = config.max_groups or manifest.max_groups
+        self.page_size = manifest.page_size
+        self.num_pages = self._size_pool([model for model in (target, draft) if model is not None])
+
+        def model(role: Role, model_config: ModelConfig) -> PagedModel:
+            return PagedModel(model_config, weights(role, self.device), self.num_pages, self.page_size)
+
+        self.target = model("target", target)
+        self.draft = model("draft", draft) if draft is not None else None
+
+    @classmethod
+    def from_dir(cls, path: Path, config: ExecutorConfig) -> Engine:
+        """Load an engine directory.
+
+        Raises:
+            EngineDirError: it is missing, damaged or does not fit this machine.
+        """
+        manifest = load_manifest(path, verify=config.verify)
+        folder = tokenizer_path(path)
+
+        def weights(role: Role, device: torch.device) -> dict[str, Tensor]:
+            return load_weights(path, role, device=device)
+
+        engine = cls(manifest, weights, Tokenizer.load(folder) if folder is not None else None, config)
+        engine.path = path
+        return engine
+
+    @classmethod
+    def from_random(cls, options: BuildOptions, config: ExecutorConfig) -> Engine:
+        """Make an engine of a preset's shapes with seeded random weights, straight on the device and without files.
+
+        The weights are those that `smc-build --random-weights` writes for the same options. For speed only.
+        """
+        manifest, weights = random_engine(options)
+        return cls(manifest, weights, None, config)
+
+    def max_blocks(self) -> int:
+        """Blocks of the longest block table, with room for the round that an ended request may idle through."""
+        limits = self.limits
+        return total_blocks(1, limits.max_seq_len, 2 * limits.max_draft_tokens, self.page_size)
+
+    def _size_pool(self, models: Sequence[ModelConfig]) -> int:
+        if self.config.num_pages is not None:
+            return self.config.num_pages
+        limits, dtype = self.limits, self.manifest.dtype
+        weight_bytes = sum(model.weight_bytes(dtype) for model in models)
+        page_bytes = self.page_size * sum(model.kv_bytes_per_token(dtype) for model in models)
+        free = free_memory_bytes(self.device) - weight_bytes
+        fits = int(free * self.config.kv_memory_fraction) // page_bytes
+        wanted = self.max_groups * worst_case_pages(
+            1, limits.max_seq_len, limits.max_particles, limits.max_draft_tokens, self.page_size
+        )
+        one = worst_case_pages(1, limits.max_seq_len, 1, 0, self.page_size)
+        if fits < one:
+            raise EngineDirError(
+                f"engine {self.manifest.name}: {free / 2**30:.1f} GiB are free beside the weights, "
+                f"expected room for {one} KV pages of "
+                f"{page_bytes / 2**20:.2f} MiB in {self.config.kv_memory_fraction:.0%} of it: free memory, or rebuild "
+                "with a smaller --max-seq-len"
+            )
+        return min(fits, wanted) + 1
+
+    def plan(self, prompt: Sequence[int], params: SamplingParams) -> Plan:
+        """Resolve a request's parameters.
+
+        Raises:
+            RequestError: the request does not fit the engine; the message says what would.
+        """
+        limits = self.limits
+        n = params.num_particles if params.num_particles is not None else limits.max_particles
+        k = params.num_draft_tokens if params.num_draft_tokens is not None else limits.max_draft_tokens
+        n, k = (n if params.mode == "smc" else 1), (0 if params.mode == "target" else k)
+        self._check(prompt, params, n, k)
+        greedy = params.temperature == 0
+        temperature = 1.0 if greedy else params.temperature
+        top_k = 1 if greedy else params.top_k
+        kind = RoundKind(
+            num_particles=n,
+            num_draft_tokens=k,
+            speculative=params.mode == "speculative",
+            filtered=top_k > 0 or params.top_p < 1 or params.min_p > 0 or params.min_tokens > 0,
+            stop_strings=bool(params.stop),
+            draft_schedule=self.config.draft_schedule,
+        )
+        seed = params.seed if params.seed is not None else secrets.randbits(64)
+        eos = () if params.ignore_eos else self.eos_ids
+        return Plan(
+            params,
+            kind,
+            worst_case_pages(len(prompt), params.max_tokens, n, k, self.page_size),
+            seed - 2**64 if seed >= 2**63 else seed,
+            tuple(dict.fromkeys(eos + params.stop_token_ids)),
+            temperature,
+            temperature if greedy or params.draft_temperature is None else params.draft_temperature,
+            top_k,
+        )
+
+    def _check(self, prompt: Sequence[int], params: SamplingParams, n: int, k: int) -> None:
+        limits = self.limits
+        if not prompt:
+            raise RequestError("the prompt is empty, expected at least one token: pass some text")
+        for token in prompt:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < limits.vocab_size:
+                raise RequestError(
+                    f"prompt token {token!r} is not in the vocabulary, expected 0 to {limits.vocab_size - 1}: "
+                    "tokenize with the engine's own tokenizer"
+                )
+        if n > limits.max_particles:
+            raise RequestError(
+                f"the request asks num_particles {n}, the engine was built for at most {limits.max_particles}: lower it, "
+                f"or rebuild with --particles {n}"
+            )
+        if params.mode != "target" and not limits.has_draft and k > 0:
+            raise RequestError(
+                f"mode {params.mode} needs a draft, the engine was built with --draft none: use mode target, or rebuild "
+                "with a draft"
+            )
+        if k > limits.max_draft_tokens:
+            raise RequestError(
+                f"the request asks num_draft_tokens {k}, the engine was built for at most {limits.max_draft_tokens}: "
+                f"lower it, or rebuild with --draft-tokens {k}"
+            )
+        if params.mode == "speculative" and k == 0:
+            raise RequestError(
+                "mode speculative needs num_draft_tokens of at least 1, got 0: raise it, or use mode target"
+            )
+        if len(prompt) + params.max_tokens > limits.max_seq_len:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}, together at most "
+                f"{limits.max_seq_len} fit: shorten the prompt, lower max_tokens, or rebuild with --max-seq-len "
+                f"{len(prompt) + params.max_tokens}"
+            )
+        if params.stop and self.tokenizer is None:
+            raise RequestError(
+                "stop strings need a tokenizer, the engine directory has none: use stop_token_ids, or rebuild from a "
+                "checkpoint with a tokenizer"
+            )
+        for token in params.stop_token_ids:
+            if token >= limits.vocab_size:
+                raise RequestError(
+                    f"stop token id {token} is not in the vocabulary, expected 0 to {limits.vocab_size - 1}: drop it"
+                )
+        pages = worst_case_pages(len(prompt), params.max_tokens, n, k, self.page_size)
+        if pages > self.num_pages - 1:
+            raise RequestError(
+                f"the request may need {pages} KV pages, the pool has {self.num_pages - 1}: lower max_tokens or "
+                "num_particles, or give the executor more memory"
+            )

@@ -1,0 +1,294 @@
+"""The executor: requests in, settled text out, one step at a time.
+
+A step admits what fits, prefills a chunk, runs one round for each kind of request and publishes what settled:
+
+    executor = Executor.from_engine_dir("engines/smollm2-tp1")
+    executor.submit("a", "The capital of France is", SamplingParams(num_particles=4, num_draft_tokens=4, seed=1))
+    while executor.has_work:
+        for output in executor.step():
+            print(output.new_text, end="")
+
+One thread owns an executor. `submit` and `cancel` only take note; everything happens in `step`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from smc_engines import rounds
+from smc_engines.config import ExecutorConfig
+from smc_engines.engine import Engine
+from smc_engines.kv_cache import PagePool
+from smc_engines.launch import Flight, Launcher
+from smc_engines.outputs import FinishReason, RequestOutput
+from smc_engines.publish import Publisher
+from smc_engines.request import AnswerText, Phase, Request
+from smc_engines.rounds import RoundContext, RoundKind, RoundSummary
+from smc_engines.sampling_params import SamplingParams
+from smc_engines.scheduler import Scheduler
+from smc_engines.slots import Slots
+from smc_engines.stop_strings import StopAutomaton
+from smc_plugin.errors import RequestError, SmcError
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What an executor is doing now.
+
+    Args:
+        running, waiting: requests.
+        pages_total, pages_promised, pages_cached: of the pool, without the trash page.
+        rounds: rounds run since the start; tokens: answer tokens handed out since the start.
+    """
+
+    running: int
+    waiting: int
+    pages_total: int
+    pages_promised: int
+    pages_cached: int
+    rounds: int
+    tokens: int
+
+
+class Executor:
+    """Runs requests on a loaded engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.pool = PagePool(engine.num_pages, engine.page_size, engine.device, engine.config.prefix_cache)
+        self.slots = Slots(engine)
+        self.scheduler = Scheduler(engine.max_groups, engine.config.max_queue)
+        self._publisher = Publisher(self.slots.state)
+        self._launcher = Launcher(self.slots.state, engine.device)
+        self._overlap = engine.config.overlap if engine.config.overlap is not None else engine.device.type == "cuda"
+        self._in_flight: list[tuple[list[Request], Flight]] = []
+        self._cancelled: list[str] = []
+        self._arrivals = itertools.count()
+        self._rounds = 0
+        self._tokens = 0
+
+    @classmethod
+    def from_engine_dir(cls, path: Path | str, config: ExecutorConfig | None = None) -> Executor:
+        """Load an engine directory.
+
+        Raises:
+            EngineDirError: it is missing, damaged or does not fit this machine.
+        """
+        return cls(Engine.from_dir(Path(path), config or ExecutorConfig()))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.scheduler.requests)
+
+    @property
+    def stats(self) -> Stats:
+        """Counts of requests, pages, rounds and tokens."""
+        running = len(self.scheduler.running)
+        return Stats(
+            running,
+            self.scheduler.num_waiting,
+            self.pool.capacity,
+            self.pool.promised_pages,
+            self.pool.cached_pages,
+            self._rounds,
+            self._tokens,
+        )
+
+    def submit(
+        self, request_id: str, prompt: str | Sequence[int], params: SamplingParams | None = None, priority: int = 0
+    ) -> None:
+        """Queue a request.
+
+        Args:
+            request_id: unique among the live requests.
+            prompt: text, or token ids.
+            priority: smaller goes first.
+        Raises:
+            RequestError: the request is invalid or does not fit the engine.
+            QueueFullError: too many requests wait.
+        """
+        params = params or SamplingParams()
+        tokenizer = self.engine.tokenizer
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise RequestError("the engine directory has no tokenizer, got a text prompt: send token ids")
+            prompt = tokenizer.encode(prompt)
+        plan = self.engine.plan(prompt, params)
+        automaton = None
+        if params.stop and tokenizer is not None:
+            automaton = StopAutomaton.compile(params.stop, tokenizer.token_bytes(self.engine.limits.vocab_size))
+        text = AnswerText(tokenizer, params.stop)
+        arrival = next(self._arrivals)
+        self.scheduler.enqueue(Request(request_id, tuple(prompt), plan, priority, arrival, text, automaton))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request at the next step; unknown and finished ids are ignored."""
+        if request_id in self.scheduler.requests:
+            self._cancelled.append(request_id)
+
+    def step(self) -> list[RequestOutput]:
+        """Advance every request once.
+
+        Returns:
+            news of the requests that have any, in no particular order of requests.
+        """
+        with torch.inference_mode():
+            outputs = self._retire_cancelled()
+            self._admit()
+            outputs += self._prefill_chunk()
+            outputs += self._run_rounds()
+        self._tokens += sum(len(output.new_token_ids) for output in outputs)
+        return outputs
+
+    def generate(
+        self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[RequestOutput]:
+        """Run prompts to their end.
+
+        Args:
+            prompts: texts or token ids, any number.
+            params: one for all, or one each.
+        Returns:
+            the last output of each, in order.
+        """
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise RequestError(
+                f"{len(prompts)} prompts came with {len(each)} parameters: pass one for all, or one each"
+            )
+        prefix = f"generate-{next(self._arrivals)}-"
+        pending = [(f"{prefix}{index}", *pair) for index, pair in enumerate(zip(prompts, each, strict=True))][::-1]
+        last: dict[str, RequestOutput] = {}
+        while pending or self.has_work:
+            while pending and self.scheduler.num_waiting < self.engine.config.max_queue:
+                self.submit(*pending.pop())
+            last |= {output.request_id: output for output in self.step() if output.finished}
+        return [last[f"{prefix}{index}"] for index in range(len(prompts))]
+
+    def check_integrity(self) -> None:
+        """Recount every page reference (reads the device).
+
+        Raises:
+            AssertionError: something leaked.
+        """
+        self.pool.check_integrity(self.slots.state)
+
+    def _retire_cancelled(self) -> list[RequestOutput]:
+        live = [
+            self.scheduler.requests[name] for name in dict.fromkeys(self._cancelled) if name in self.scheduler.requests
+        ]
+        self._cancelled.clear()
+        return [self._retire(request, "cancelled") for request in live]
+
+    def _admit(self) -> None:
+        def fits(request: Request) -> bool:
+            return self.pool.promise(request.request_id, request.plan.num_pages)
+
+        for request in self.scheduler.admit(fits):
+            self.slots.load(request)
+            table = self.slots.state.block_table[request.slot, 0]
+            request.cached_tokens = self.pool.begin_prompt(table, request.prompt, request.cache_salt)
+            # Until the particles exist, the prompt's pages are particle 0's and the others' tables name the trash page.
+            self.slots.state.num_blocks[request.slot] = (len(request.prompt) - 1) // self.engine.page_size + 1
+            request.prefilled = request.cached_tokens
+            request.admitted_at = time.perf_counter()
+
+    def _prefill_chunk(self) -> list[RequestOutput]:
+        """Prefill up to `prefill_chunk` prompt tokens, oldest requests first."""
+        budget = self.engine.config.prefill_chunk
+        outputs = []
+        for request in self.scheduler.prefilling():
+            if budget <= 0:
+                break
+            chunk = request.prompt[request.prefilled : request.prefilled + budget]
+            budget -= len(chunk)
+            logits = self._prefill(request, chunk)
+            if request.prefilled == len(request.prompt):
+                outputs += self._begin(request, logits)
+        return outputs
+
+    def _prefill(self, request: Request, chunk: Sequence[int]) -> torch.Tensor:
+        device = self.engine.device
+        tokens = torch.tensor([chunk], device=device)
+        start = torch.tensor([request.prefilled], device=device)
+        table = self.slots.state.block_table[request.slot, :1]
+        request.prefilled += len(chunk)
+        if request.plan.uses_draft and self.engine.draft is not None:
+            self.engine.draft.forward(tokens, start, table, request.prefilled)
+        hidden = self.engine.target.forward(tokens, start, table, request.prefilled)
+        return self.engine.target.logits(hidden[:, -1])
+
+    def _begin(self, request: Request, logits: torch.Tensor) -> list[RequestOutput]:
+        """The prompt is done: draw each particle's first token."""
+        self.pool.remember_prompt(self.slots.state.block_table[request.slot, 0], request.prompt, request.cache_salt)
+        request.phase = Phase.DECODE
+        device = self.engine.device
+        end = torch.tensor([len(request.prompt)], device=device)
+        last = torch.tensor([request.prompt[-1]], device=device)
+        context = self._context(request.plan.kind, [request])
+        slot = torch.tensor([request.slot], device=device)
+        summary = rounds.begin(context, self.slots.state, slot, end, last, logits)
+        return self._publish([request], RoundSummary.unpack(summary.pack().cpu(), request.num_particles), first=True)
+
+    def _run_rounds(self) -> list[RequestOutput]:
+        """Start one round of each kind; publish these, or with overlap those started a step ago."""
+        started = []
+        for kind, batch in self.scheduler.rounds().items():
+            started.append((batch, self._launcher.launch(self._context(kind, batch), [entry.slot for entry in batch])))
+            self._rounds += 1
+        due = self._in_flight if self._overlap else started
+        self._in_flight = started if self._overlap else []
+        return [output for batch, flight in due for output in self._publish(batch, flight.land())]
+
+    def _context(self, kind: RoundKind, batch: Sequence[Request]) -> RoundContext:
+        unseen = 2 if self._overlap else 1
+        furthest = max(request.position for request in batch) + unseen * (kind.num_draft_tokens + 1)
+        return RoundContext(
+            kind,
+            self.engine.target,
+            self.engine.draft if kind.num_draft_tokens > 0 else None,
+            self.pool.ref_count,
+            self.slots.stop_tables if kind.stop_strings else None,
+            furthest,
+        )
+
+    def _publish(self, batch: Iterable[Request], summary: RoundSummary, first: bool = False) -> list[RequestOutput]:
+        """Hand out what settled; end requests that are done or failed."""
+        if bool(summary.pool_exhausted):
+            raise SmcError("the page pool ran out inside a round, admission promised enough: report this as a bug")
+        outputs = []
+        for row, request in enumerate(batch):
+            if self.scheduler.requests.get(request.request_id) is not request:
+                continue  # it ended while this round was in flight
+            news = self._publisher.read(request, summary, row, first)
+            if news.error is not None:
+                outputs.append(self._retire(request, "error", news.error))
+            elif news.done:
+                outputs.append(self._finish(request))
+            elif news.token_ids:
+                outputs.append(self._publisher.progress(request, news.token_ids))
+        return outputs
+
+    def _finish(self, request: Request) -> RequestOutput:
+        output = self._publisher.answer(request)
+        self._remove(request)
+        return output
+
+    def _retire(self, request: Request, reason: FinishReason, error: SmcError | None = None) -> RequestOutput:
+        """End a request early; what was handed out stands."""
+        output = self._publisher.early_end(request, reason, error)
+        self._remove(request)
+        return output
+
+    def _remove(self, request: Request) -> None:
+        if request.phase is not Phase.WAITING:
+            self.pool.free(request.request_id, self.slots.state, request.slot, request.num_particles)
+            self.slots.unload(request.slot)
+        self.scheduler.remove(request)

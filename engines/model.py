@@ -1,0 +1,95 @@
+"""One decoder with its KV pages: regions in between, attention through block tables.
+
+A forward pass takes B sequences of Q tokens each at positions start to start + Q - 1, writes their keys and values to the
+pages that the block tables name, and returns one hidden row a token. Prefill is B = 1 with a chunk of the prompt; a draft
+pass is B = G * N with Q = 1 or 2; a score pass is B = G * N with Q = K + 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from smc_build.model_config import ModelConfig
+from smc_engines.regions import RegionRunner, TorchRegions
+from smc_plugin.reference import attention, pages
+
+
+class PagedModel:
+    """Weights, KV pages and the forward pass of one decoder.
+
+    Args:
+        config: the decoder's shapes.
+        weights: canonical names (smc_build.weights) to tensors, all on one device and of one dtype.
+        num_pages, page_size: of the KV cache, which takes num_pages * page_size * config.kv_bytes_per_token bytes.
+        regions: who computes what lies between attention calls; None takes torch.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: dict[str, Tensor],
+        num_pages: int,
+        page_size: int,
+        regions: RegionRunner | None = None,
+    ) -> None:
+        self.config = config
+        self.page_size = page_size
+        self._weights = weights
+        self._embedding = weights["embed"]
+        self._regions = regions or TorchRegions(config, weights)
+        self._inv_freq = config.inv_freq().to(self._embedding.device)
+        # Attention never reads a position that nothing wrote, so the pages need no first value (and no memory yet).
+        self.cache = torch.empty(
+            (config.num_layers, 2, num_pages, page_size, config.num_kv_heads, config.head_dim),
+            dtype=self._embedding.dtype,
+            device=self._embedding.device,
+        )
+
+    def _run(self, region: str, layer: int | None = None, **activations: Tensor) -> dict[str, Tensor]:
+        return self._regions.run(region, layer, activations)
+
+    def forward(self, tokens: Tensor, start: Tensor, block_table: Tensor, max_context: int) -> Tensor:
+        """Run B sequences of Q tokens.
+
+        Args:
+            tokens: [B, Q] int64.
+            start: [B] int64, position of each sequence's first token.
+            block_table: [B, C] int32, pages that cover positions 0 to start + Q - 1.
+            max_context: an upper bound on start + Q that the host knows.
+        Returns:
+            [B, Q, hidden] after the final norm.
+        """
+        context = attention.make_context(
+            start, tokens.shape[1], block_table, self.page_size, self._inv_freq, max_context
+        )
+        residual = functional.embedding(tokens.reshape(-1), self._embedding)
+        qkv = self._run("entry", x=residual)["qkv"]
+        last = self.config.num_layers - 1
+        for layer in range(last):
+            out = self._run("block", layer, attn=self._attend(layer, qkv, context), residual=residual)
+            qkv, residual = out["qkv"], out["residual"]
+        out = self._run("exit", attn=self._attend(last, qkv, context), residual=residual)
+        return out["hidden"].view(*tokens.shape, -1)
+
+    def _attend(self, layer: int, qkv: Tensor, context: attention.AttentionContext) -> Tensor:
+        query = attention.rope_and_write(
+            qkv,
+            self.cache[layer],
+            context,
+            self.config.num_heads,
+            self._weights.get(f"layers.{layer}.q_norm"),
+            self._weights.get(f"layers.{layer}.k_norm"),
+            self.config.rms_eps,
+        )
+        return attention.paged_attention(query, self.cache[layer], context)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Apply the head: [..., hidden] to [..., V] float32."""
+        rows = self._run("head", hidden=hidden.reshape(-1, hidden.shape[-1]))["logits"]
+        return rows.view(*hidden.shape[:-1], -1)
+
+    def copy_pages(self, source: Tensor, destination: Tensor) -> None:
+        """Copy whole pages in every layer (see pages.copy_pages)."""
+        pages.copy_pages(self.cache, source, destination)

@@ -1,0 +1,68 @@
+"""Who computes a region: the interface that a model runs on, and its torch implementation.
+
+A runner knows the weights of every layer; the caller hands over activations and gets activations back. Example, layer 3
+of Llama-3.2-1B with 16 rows: run("block", 3, {"attn": [16, 2048], "residual": [16, 2048]}) returns {"qkv": [16, 3072],
+"residual": [16, 2048]}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from smc_build.model_config import ModelConfig
+from smc_build.network import layer_inputs, region_specs
+from smc_build.torch_ops import TorchOps
+
+
+class RegionRunner(Protocol):
+    """Computes the regions of one model."""
+
+    def run(self, region: str, layer: int | None, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Compute one region.
+
+        Args:
+            region: entry, block, exit or head.
+            layer: the layer whose attention precedes a block; None for the other regions.
+            activations: the region's inputs without weights, [rows, width] each.
+        Returns:
+            the region's outputs, [rows, width] each; enqueued on the current stream when they are on a GPU.
+        """
+        ...
+
+
+def bind_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[tuple[str, int | None], dict[str, Tensor]]:
+    """Find the weight inputs of every region and layer.
+
+    Args:
+        config: the decoder.
+        weights: canonical names (smc_build.weights) to tensors.
+    Returns:
+        (region, layer) to input name to tensor; layer is None but for "block".
+    """
+    places: list[tuple[str, int | None]] = [("block", layer) for layer in range(config.num_layers - 1)]
+    places += [("entry", None), ("exit", None), ("head", None)]
+    return {
+        (region, layer): {name: weights[weight] for name, weight in layer_inputs(config, region, layer).items()}
+        for region, layer in places
+    }
+
+
+class TorchRegions:
+    """Computes regions eagerly with torch, on any device and for any number of rows.
+
+    Args:
+        config: the decoder's shapes.
+        weights: canonical names to tensors, all on one device and of one dtype.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+        self._specs = region_specs(config, weights["embed"].dtype)
+        self._bound = bind_weights(config, weights)
+        self._ops = TorchOps()
+
+    def run(self, region: str, layer: int | None, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Compute one region (see RegionRunner)."""
+        return self._specs[region].build(self._ops, {**self._bound[region, layer], **activations})

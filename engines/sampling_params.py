@@ -1,0 +1,172 @@
+"""What one request may ask for: names, defaults and ranges, in one place.
+
+    >>> SamplingParams(num_particles=4, num_draft_tokens=4, temperature=0.7, seed=1).mode
+    'smc'
+
+`temperature=0` means greedy and is carried out as `top_k=1`: the target's distribution is then a point mass, a draft
+token that differs from it has weight 0, and the round ends before it, so greedy SMC returns exactly the greedy answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from smc_plugin.errors import RequestError
+
+Mode = Literal["smc", "target", "speculative"]
+Select = Literal["sample", "argmax"]
+
+MAX_STOP_TOKEN_IDS = 16
+MAX_STOP_STRINGS = 16
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Parameters of one request; `None` means "the engine's default".
+
+    Args:
+        mode: `smc`; `target` (plain decoding with the target); `speculative` (lossless draft-target sampling).
+        num_particles: N >= 1; ignored outside `smc`.
+        num_draft_tokens: K >= 0 draft tokens a round; ignored in `target`.
+        ess_threshold: θ in [0, 1], the fraction of N below which a round resamples. 0 never resamples.
+        temperature: Tt >= 0 of the target; 0 is greedy.
+        draft_temperature: Td > 0 of the draft; None is Tt.
+        power_alpha: α > 0; the sequence target is p^α.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: nucleus mass in (0, 1]; 1 keeps all.
+        min_p: drop tokens less likely than min_p times the most likely one, in [0, 1).
+        seed: of the request's own random streams; None draws one from the operating system.
+        max_tokens: generated tokens at most, >= 1.
+        min_tokens: tokens before which no stop token can be drawn, >= 0.
+        stop: strings that end the answer; they are not part of it and may straddle tokens and rounds.
+        stop_token_ids: token ids that end the answer, beside the model's own end tokens.
+        ignore_eos: the model's own end tokens do not end the answer.
+        select: which particle is the answer: a draw in proportion to the weights, or the heaviest one.
+        return_particles: report every particle with its log weight.
+        logprobs: report the target's log-probability of each chosen token.
+        cache_prompt: this prompt may reuse pages of, and leave pages for, other requests.
+    """
+
+    mode: Mode = "smc"
+    num_particles: int | None = None
+    num_draft_tokens: int | None = None
+    ess_threshold: float = 0.5
+    temperature: float = 0.7
+    draft_temperature: float | None = None
+    power_alpha: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int = 256
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    select: Select = "sample"
+    return_particles: bool = False
+    logprobs: bool = False
+    cache_prompt: bool = True
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("mode", get_args(Mode)), ("select", get_args(Select))):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise RequestError(f"{name} must be one of {', '.join(allowed)}, got {value!r}: choose one of those")
+        for name, low, high in _INTEGER_RANGES:
+            _check_integer(name, getattr(self, name), low, high)
+        for name, low, high, low_open in _REAL_RANGES:
+            _check_real(name, getattr(self, name), low, high, low_open)
+        if self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens must not exceed max_tokens, got {self.min_tokens} > {self.max_tokens}: lower min_tokens"
+            )
+        for name in _BOOLEANS:
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} must be true or false, got {getattr(self, name)!r}: pass a boolean")
+        self._check_stops()
+
+    def _check_stops(self) -> None:
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise RequestError(f"stop must be a list of non-empty strings, got {self.stop!r}: drop the empty ones")
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise RequestError(f"at most {MAX_STOP_STRINGS} stop strings, got {len(self.stop)}: pass fewer")
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise RequestError(
+                f"at most {MAX_STOP_TOKEN_IDS} stop_token_ids, got {len(self.stop_token_ids)}: pass fewer"
+            )
+        for token in self.stop_token_ids:
+            _check_integer("stop_token_ids", token, 0, 2**31 - 1)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """Build from names and values, as they come from JSON.
+
+        Raises:
+            RequestError: an unknown name (the message gives the closest known one) or a bad value.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+                raise RequestError(f"unknown sampling parameter {name!r}: {hint}")
+        given = dict(values)
+        for name in ("stop", "stop_token_ids"):
+            if name in given:
+                value = given[name]
+                if isinstance(value, (str, int)):
+                    value = (value,)
+                if not isinstance(value, (list, tuple)):
+                    raise RequestError(f"{name} must be a list, got {value!r}: pass a list")
+                given[name] = tuple(value)
+        return cls(**given)
+
+
+_INTEGER_RANGES: tuple[tuple[str, int, int], ...] = (
+    ("num_particles", 1, 4096),
+    ("num_draft_tokens", 0, 1024),
+    ("top_k", 0, 2**31 - 1),
+    ("seed", 0, 2**64 - 1),
+    ("max_tokens", 1, 2**31 - 1),
+    ("min_tokens", 0, 2**31 - 1),
+)
+# name, lowest, highest, whether the lowest itself is excluded
+_REAL_RANGES: tuple[tuple[str, float, float, bool], ...] = (
+    ("ess_threshold", 0.0, 1.0, False),
+    ("temperature", 0.0, 100.0, False),
+    ("draft_temperature", 0.0, 100.0, True),
+    ("power_alpha", 0.0, 100.0, True),
+    ("top_p", 0.0, 1.0, True),
+    ("min_p", 0.0, 1.0, False),
+)
+_BOOLEANS = ("ignore_eos", "return_particles", "logprobs", "cache_prompt")
+_OPTIONAL = ("num_particles", "num_draft_tokens", "seed", "draft_temperature")
+
+
+def _check_integer(name: str, value: object, low: int, high: int) -> None:
+    if value is None and name in _OPTIONAL:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise RequestError(f"{name} must be a whole number, got {value!r}: pass an integer")
+    if not low <= value <= high:
+        raise RequestError(f"{name} must be in [{low}, {high}], got {value}: choose a value in that range")
+
+
+def _check_real(name: str, value: object, low: float, high: float, low_open: bool) -> None:
+    if value is None and name in _OPTIONAL:
+        return
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise RequestError(f"{name} must be a finite number, got {value!r}: pass a number")
+    if value < low or value > high or (low_open and value == low):
+        bracket = "(" if low_open else "["
+        raise RequestError(
+            f"{name} must be in {bracket}{low:g}, {high:g}], got {value:g}: choose a value in that range"
+        )

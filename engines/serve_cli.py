@@ -1,0 +1,188 @@
+"""smc-serve: an engine directory behind a Triton Inference Server.
+
+    smc-serve --engine engines/smollm2-tp1 --openai-port 8080
+
+Prints the plan, then the addresses once real inference works. SIGTERM and Ctrl-C drain: running streams end properly,
+then the exit status is 0 and no process, socket or shared memory is left. While it drains, a second signal ends at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from smc_build.engine_dir import load_manifest
+from smc_plugin.errors import ConfigError, SmcError
+
+if TYPE_CHECKING:
+    from smc_engines.serving.supervisor import ServeOptions
+    from smc_engines.serving.tritonserver import Ports
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        exit status: 0 after a drain, 1 after an error that the message explains.
+    """
+    try:
+        from smc_engines.serving.supervisor import ServeOptions  # noqa: PLC0415 (the packages of an optional extra)
+    except ModuleNotFoundError as error:
+        print(
+            f"smc-serve: {error.name} is not installed, expected the extra 'serve': run pip install 'smc-engine[serve]'",
+            file=sys.stderr,
+        )
+        return 1
+    options = ServeOptions(**vars(_parser(ServeOptions(engine="")).parse_args(arguments)))
+    try:
+        _serve(options)
+    except SmcError as error:
+        print(f"smc-serve: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser(defaults: ServeOptions) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="smc-serve", description="Serve an engine directory.")
+
+    def add(name: str, kind: type, text: str) -> None:
+        default = getattr(defaults, name.replace("-", "_"))
+        shown = f" (default {default})" if default is not None else ""
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text}{shown}")
+
+    parser.add_argument("--engine", required=True, help="engine directory, as smc-build writes it")
+    add("host", str, "address to listen on")
+    add("http-port", int, "HTTP of Triton Inference Server; 0 is any free port")
+    add("grpc-port", int, "gRPC of Triton Inference Server")
+    add("metrics-port", int, "Prometheus metrics")
+    add("openai-port", int, "OpenAI-compatible HTTP front; left out unless given")
+    add("status-port", int, "status page; a negative number leaves it out")
+    add("max-queue", int, "requests that may wait; one more is refused at once")
+    add("max-groups", int, "requests decoded together; the engine directory's unless given")
+    add("num-pages", int, "KV pages; sized from free memory unless given")
+    add("device", str, "auto, cpu or cuda")
+    add("tritonserver", str, "bin/tritonserver of an installation")
+    add("serve-env", str, "virtual environment with the server's wheel (default .venv-serve)")
+    seconds = {
+        "drain": "how long running streams may go on after SIGTERM",
+        "start-timeout": "from the start to the first real inference",
+        "hang-timeout": "longest silence of an executor",
+        "probe-interval": "pause between two probes of the watchdog",
+        "probe-timeout": "longest time of a probe",
+    }
+    for name, text in seconds.items():
+        dest = f"{name.replace('-', '_')}_s"
+        default = getattr(defaults, dest)
+        parser.add_argument(
+            f"--{name}", dest=dest, type=float, default=default, metavar="S", help=f"{text} (default {default:g})"
+        )
+    parser.add_argument("--show-text", action="store_true", help="show texts, not only lengths, on the status page")
+    parser.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="skip the hashes of the engine directory"
+    )
+    add("state-file", str, "write ports and process ids there as JSON once ready")
+    add("log-file", str, "append the processes' logs there instead of standard error")
+    return parser
+
+
+def _serve(options: ServeOptions) -> None:
+    from smc_engines.serving import tritonserver  # noqa: PLC0415
+    from smc_engines.serving.status_page import StatusPage  # noqa: PLC0415
+    from smc_engines.serving.supervisor import Supervisor, check_ports  # noqa: PLC0415
+
+    started = time.monotonic()
+    _check_engine(options.engine)
+    status_port = None if options.status_port is None or options.status_port < 0 else options.status_port
+    wanted = {
+        "--http-port": options.http_port,
+        "--grpc-port": options.grpc_port,
+        "--metrics-port": options.metrics_port,
+        "--openai-port": options.openai_port,
+        "--status-port": status_port,
+    }
+    check_ports(wanted)
+    chosen = {name: _port(options.host, name, port) for name, port in wanted.items()}
+    installation = tritonserver.find_installation(options.tritonserver, options.serve_env)
+    http, grpc, metrics = (chosen[f"--{name}-port"] or 0 for name in ("http", "grpc", "metrics"))
+    ports = tritonserver.Ports(options.host, http, grpc, metrics)
+    print(
+        f"engine        {options.engine}\ntritonserver  {installation.binary}\nadapters run  {installation.python}",
+        flush=True,
+    )
+    supervisor = Supervisor(options, installation, ports, chosen["--openai-port"])
+    page = None
+    received: list[int] = []
+
+    def stop(number: int, _frame: object) -> None:
+        received.append(number)
+        supervisor.stopping = True
+        if len(received) > 1:
+            raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        supervisor.start()
+        if chosen["--status-port"] is not None:
+            page = StatusPage(options.host, chosen["--status-port"], supervisor.control)
+        if not supervisor.stopping:
+            print(_addresses(ports, chosen, time.monotonic() - started), flush=True)
+        supervisor.watch()
+        supervisor.drain()
+    except KeyboardInterrupt:
+        print("smc-serve: ending at once", file=sys.stderr)
+    finally:
+        if page is not None:
+            page.close()
+        supervisor.close()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _check_engine(engine: str) -> None:
+    """Find out before anything starts; the executor checks the hashes."""
+    load_manifest(Path(engine), verify=False)
+
+
+def _port(host: str, name: str, port: int | None) -> int | None:
+    """A free port for 0; otherwise make sure that nobody listens there.
+
+    Connecting is the test, not binding: connections that ended a moment ago would make a bind fail.
+    """
+    if port is None:
+        return None
+    if port == 0:
+        with socket.socket() as free:
+            free.bind((host, 0))
+            return free.getsockname()[1]
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        if probe.connect_ex((host, port)) == 0:
+            raise ConfigError(f"{name} {port} is in use on {host}, expected a free port: choose another")
+    return port
+
+
+def _addresses(ports: Ports, chosen: dict[str, int | None], elapsed_s: float) -> str:
+    host, grpc = ports.host, ports.grpc
+    base = f"http://{host}"
+    lines = [
+        f"ready in {elapsed_s:.1f} s",
+        f"  gRPC          {host}:{grpc}  (models smc, ensemble, tensorrt_llm_bls, tensorrt_llm)",
+        f"  HTTP          {base}:{chosen['--http-port']}/v2/models/smc/generate_stream",
+        f"  metrics       {base}:{chosen['--metrics-port']}/metrics",
+    ]
+    if chosen["--openai-port"] is not None:
+        lines.append(f"  OpenAI        {base}:{chosen['--openai-port']}/v1")
+    if chosen["--status-port"] is not None:
+        lines.append(f"  status page   {base}:{chosen['--status-port']}/")
+    client = f'{sys.executable} -m smc_engines.serving.client --grpc {host}:{grpc} "The capital of France is"'
+    return "\n".join([*lines, "try it:", f"  {client}"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

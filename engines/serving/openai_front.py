@@ -1,0 +1,254 @@
+"""An OpenAI-compatible HTTP front over the served model `smc`: python -m smc_engines.serving.openai_front --grpc HOST:PORT
+
+    POST /v1/completions  POST /v1/chat/completions  GET /v1/models  GET /health
+
+It holds no model and no tokenizer: every request becomes a gRPC request (one for each prompt), so both doors give the same
+answers, and the chat template is applied in the executor, where the tokenizer is, for gRPC clients too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import tritonclient.grpc.aio as grpcaio
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from tritonclient.utils import InferenceServerException
+
+from smc_engines.serving.openai_answers import Answer, Format, chat_format, completion_format
+from smc_engines.serving.openai_schema import ChatRequest, CompletionRequest, FrontError
+from smc_engines.serving.triton_client import ERROR_OUTPUTS, ServingError, make_inputs, to_arrays
+
+MODEL = "smc"
+DISCONNECT_POLL_S = 0.25
+GRACEFUL_SHUTDOWN_S = 8
+_STATUS = {
+    "INVALID_ARGUMENT": 400,
+    "UNIMPLEMENTED": 400,
+    "NOT_FOUND": 404,
+    "UNAVAILABLE": 503,
+    "DEADLINE_EXCEEDED": 504,
+}
+
+
+def create_app(grpc_address: str, model_name: str) -> FastAPI:
+    """The front as an ASGI application.
+
+    Args:
+        grpc_address: host:port of the Triton Inference Server.
+        model_name: what /v1/models lists; requests must name it.
+    """
+    started = int(time.time())
+    clients: dict[str, grpcaio.InferenceServerClient] = {}
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        clients["grpc"] = grpcaio.InferenceServerClient(grpc_address)
+        yield
+        await clients["grpc"].close()
+
+    app = FastAPI(title="smc-serve", lifespan=lifespan, docs_url=None, redoc_url=None)
+
+    @app.exception_handler(FrontError)
+    async def refused(_request: Request, error: FrontError) -> JSONResponse:
+        return JSONResponse(_error_body(error), error.status)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"] if part != "body")
+        given = repr(first.get("input"))[:80]
+        message = f"{name or 'the body'} is invalid, {first['msg'].lower()}, got {given}: correct it or leave it out"
+        return JSONResponse(_error_body(FrontError(message, 400, name)), 400)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        entry = {"id": model_name, "object": "model", "created": started, "owned_by": "smc-engine"}
+        return {"object": "list", "data": [entry]}
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Any:
+        return await answer(body, request, completion_format(body))
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Any:
+        return await answer(body, request, chat_format())
+
+    async def answer(body: CompletionRequest | ChatRequest, request: Request, style: Format) -> Any:
+        if body.model != model_name:
+            raise FrontError(f"model {body.model!r} is not served, expected {model_name!r}: change it", 404, "model")
+        body.check()
+        prompts, inputs = body.prompts(), body.inputs()
+        head = {"id": f"{style.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model_name}
+        pieces = _merged(clients["grpc"], prompts, inputs, head["id"])
+        if not body.stream:
+            return JSONResponse(await _whole(pieces, request, len(prompts) * body.n, style, head))
+        first = await anext(pieces)  # an error before the first piece is still a proper HTTP error
+        events = _events(first, pieces, len(prompts) * body.n, style, head, body.include_usage)
+        return StreamingResponse(events, media_type="text/event-stream")
+
+    return app
+
+
+def _error_body(error: FrontError) -> dict[str, Any]:
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": None}}
+
+
+def _front_error(error: BaseException) -> FrontError:
+    if isinstance(error, ServingError):
+        return FrontError(str(error), _STATUS.get(error.status, 500))
+    if isinstance(error, grpc.aio.AioRpcError):
+        return FrontError(error.details() or error.code().name, _STATUS.get(error.code().name, 500))
+    return FrontError(str(error), 500)
+
+
+Piece = tuple[int, dict[str, Any]]
+
+
+async def _one(
+    client: grpcaio.InferenceServerClient, number: int, inputs: dict[str, Any], request_id: str
+) -> AsyncIterator[Piece]:
+    """One prompt's pieces: (choice index, tensors). Leaving it cancels the request."""
+
+    async def requests() -> AsyncIterator[dict[str, Any]]:
+        yield {
+            "model_name": MODEL,
+            "inputs": make_inputs(MODEL, inputs),
+            "request_id": request_id,
+            "parameters": ERROR_OUTPUTS,
+        }
+
+    # the client's annotations leave out that an iterator always comes back
+    call: Any = client.stream_infer(requests())
+    try:
+        async for result, error in call:
+            if error is not None:
+                raise error
+            tensors = to_arrays(result)
+            for sequence in range(tensors["sequence_index"].size if tensors else 0):
+                index = int(tensors["sequence_index"].ravel()[sequence])
+                yield number * inputs["n"] + index, {name: _of(tensor, sequence) for name, tensor in tensors.items()}
+    except BaseException:
+        call.cancel()
+        raise
+
+
+def _of(tensor: Any, sequence: int) -> Any:
+    """One sequence's part of a tensor [1, sequences or 1, ...]."""
+    return tensor[0][min(sequence, tensor.shape[1] - 1)]
+
+
+async def _merged(
+    client: grpcaio.InferenceServerClient, prompts: list[dict[str, Any]], inputs: dict[str, Any], request_id: str
+) -> AsyncIterator[Piece]:
+    """The pieces of several prompts as they come.
+
+    Raises:
+        FrontError: the server refused one, or ended it.
+    """
+    arrived: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+
+    async def pump(number: int, prompt: dict[str, Any]) -> None:
+        try:
+            async for piece in _one(client, number, {**inputs, **prompt}, request_id):
+                await arrived.put(piece)
+            await arrived.put(None)
+        except (ServingError, InferenceServerException, grpc.RpcError) as error:
+            await arrived.put(error)
+
+    tasks = [asyncio.create_task(pump(number, prompt)) for number, prompt in enumerate(prompts)]
+    try:
+        running = len(tasks)
+        while running:
+            piece = await arrived.get()
+            if isinstance(piece, BaseException):
+                raise _front_error(piece)
+            if piece is None:
+                running -= 1
+            else:
+                yield piece
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _whole(
+    pieces: AsyncIterator[Piece], request: Request, choices: int, style: Format, head: dict[str, Any]
+) -> dict[str, Any]:
+    """Collect everything; a client that hangs up cancels it."""
+    answers = [Answer(index) for index in range(choices)]
+
+    async def collect() -> None:
+        async for index, tensors in pieces:
+            answers[index].add(tensors)
+
+    task = asyncio.create_task(collect())
+    while not task.done():
+        await asyncio.wait([task], timeout=DISCONNECT_POLL_S)
+        if not task.done() and await request.is_disconnected():
+            task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    return style.whole(head, answers)
+
+
+async def _events(
+    first: Piece, rest: AsyncIterator[Piece], choices: int, style: Format, head: dict[str, Any], include_usage: bool
+) -> AsyncIterator[str]:
+    """Server-sent events of a stream, the last one [DONE]; an error becomes an event, then the stream ends."""
+    answers = [Answer(index) for index in range(choices)]
+
+    async def chained() -> AsyncIterator[Piece]:
+        yield first
+        async for piece in rest:
+            yield piece
+
+    try:
+        async for index, tensors in chained():
+            new = answers[index].add(tensors)
+            for chunk in style.chunks(head, answers[index], new):
+                yield f"data: {json.dumps(chunk)}\n\n"
+        if include_usage:
+            yield f"data: {json.dumps(style.usage_chunk(head, answers))}\n\n"
+        yield "data: [DONE]\n\n"
+    except FrontError as error:
+        yield f"data: {json.dumps(_error_body(error))}\n\n"
+    finally:
+        await rest.aclose()  # type: ignore[attr-defined]
+
+
+def main() -> None:
+    """Parse the command line and serve."""
+    parser = argparse.ArgumentParser(prog="smc-openai-front", description="OpenAI-compatible HTTP over gRPC.")
+    parser.add_argument("--grpc", required=True, help="host:port of the Triton Inference Server")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--model-name", required=True)
+    options = parser.parse_args()
+    uvicorn.run(
+        create_app(options.grpc, options.model_name),
+        host=options.host,
+        port=options.port,
+        log_level="warning",
+        timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,396 @@
+"""Starts the processes of a served engine, watches them, restarts what dies and ends them in order.
+
+    smc-serve ── executor process          (ZeroMQ, ipc)
+              ├─ tritonserver ── 4 stubs   (the adapters; gRPC, HTTP, metrics)
+              └─ OpenAI front              (only with --openai-port)
+
+What happens when a part dies: the executor is started again at once (adapters fail its requests and reconnect by
+themselves); so are tritonserver and the front. A dead stub is invisible to tritonserver: its model is unloaded and loaded
+again, and if requests were in flight in it, whose streams would hang for ever, tritonserver is restarted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import shutil
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from subprocess import Popen
+
+import tritonclient.grpc as grpcclient
+from tritonclient.utils import InferenceServerException
+
+from smc_engines.serving import tritonserver
+from smc_engines.serving.control import ControlLine
+from smc_engines.serving.logs import Log
+from smc_engines.serving.probe import Prober, probe
+from smc_engines.serving.process import command_line, end, group_members, kill_group, spawn
+from smc_engines.serving.tritonserver import MODELS, Installation, Ports
+from smc_plugin.errors import ConfigError, SmcError
+
+RUNTIME_PREFIX = "smc-serve-"
+TICK_S = 0.1
+LOST_CLIENT_WAIT_S = 3.0
+CRASH_LIMIT, CRASH_WINDOW_S = 5, 60.0
+DRAIN_MARGIN_S = 15.0
+SERVER_START_S = 60.0
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How to serve; defaults live here and the command line reads them.
+
+    Args:
+        engine: engine directory.
+        host: address that every port listens on.
+        openai_port, status_port: 0 is any free port, None leaves the part out.
+        max_queue: requests that may wait; one more is refused at once.
+        drain_s: how long running streams may go on after SIGTERM.
+        start_timeout_s: from start to the first real inference. hang_timeout_s: longest silence of an executor.
+        probe_interval_s, probe_timeout_s: of the watchdog.
+    """
+
+    engine: str
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    openai_port: int | None = None
+    status_port: int | None = 8003
+    max_queue: int = 256
+    max_groups: int | None = None
+    num_pages: int | None = None
+    device: str = "auto"
+    tritonserver: str | None = None
+    serve_env: str | None = None
+    drain_s: float = 30.0
+    start_timeout_s: float = 600.0
+    hang_timeout_s: float = 120.0
+    probe_interval_s: float = 2.0
+    probe_timeout_s: float = 20.0
+    show_text: bool = False
+    verify: bool = True
+    state_file: str | None = None
+    log_file: str | None = None
+
+
+def executor_command(options: ServeOptions, address: str) -> list[str]:
+    """The command that starts the executor; where ranks come, it becomes an mpirun."""
+    command = [sys.executable, "-m", "smc_engines.serving.executor_process"]
+    command += ["--engine", options.engine, "--address", address, "--device", options.device]
+    command += ["--max-queue", str(options.max_queue), "--drain-seconds", str(options.drain_s)]
+    for name in ("max_groups", "num_pages"):
+        if getattr(options, name) is not None:
+            command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    command += ["--show-text"] if options.show_text else []
+    command += [] if options.verify else ["--no-verify"]
+    return command
+
+
+@dataclass
+class Part:
+    """A supervised process.
+
+    Args:
+        start: starts it.
+        starts: when it was started, on the monotonic clock.
+    """
+
+    name: str
+    start: Callable[[], Popen[bytes]]
+    process: Popen[bytes] | None = None
+    starts: deque[float] = field(default_factory=lambda: deque(maxlen=CRASH_LIMIT + 1))
+
+    def launch(self) -> Popen[bytes]:
+        """Start it (again)."""
+        self.starts.append(time.monotonic())
+        self.process = self.start()
+        return self.process
+
+    @property
+    def crashing(self) -> bool:
+        """Whether it was started too often of late."""
+        return len(self.starts) > CRASH_LIMIT and self.starts[-1] - self.starts[0] < CRASH_WINDOW_S
+
+
+class Supervisor:
+    """Runs one served engine. Everything but the watchdog's probes happens in the caller's (main) thread."""
+
+    def __init__(
+        self, options: ServeOptions, installation: Installation, ports: Ports, openai_port: int | None
+    ) -> None:
+        self.options, self.ports, self.openai_port = options, ports, openai_port
+        self._installation = installation
+        self._log = Log("supervisor")
+        remove_leftovers()
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{RUNTIME_PREFIX}{os.getpid()}-"))
+        self._shm_prefix = f"{RUNTIME_PREFIX}{os.getpid()}-"
+        self._address = f"ipc://{self.folder}/executor"
+        self._backends = tritonserver.prepare_backends(installation, self.folder)
+        self._output = open(options.log_file, "ab", buffering=0) if options.log_file else None  # noqa: SIM115
+        self.executor = Part("executor", self._start_executor)
+        self.server = Part("tritonserver", self._start_server)
+        self.front = Part("openai", self._start_front)
+        self.control = ControlLine(self._address)
+        self._stubs: dict[str, int] = {}
+        self._results: queue.SimpleQueue[tuple[str, str | None, float]] = queue.SimpleQueue()
+        self._prober: Prober | None = None
+        self._failures: dict[str, int] = {}
+        self._settled_at = 0.0
+        self.stopping = False
+
+    @property
+    def grpc_address(self) -> str:
+        """host:port of the gRPC endpoint."""
+        return f"{self.ports.host}:{self.ports.grpc}"
+
+    @property
+    def parts(self) -> list[Part]:
+        """What is supervised."""
+        return [self.executor, self.server] + ([self.front] if self.openai_port is not None else [])
+
+    def start(self) -> None:
+        """Start everything and wait until each model answers a real inference.
+
+        Raises:
+            SmcError: a process ended, or the time is up.
+        """
+        for part in self.parts:
+            part.launch()
+        limit = time.monotonic() + self.options.start_timeout_s
+        waiting = list(MODELS)
+        while waiting and not self.stopping:
+            for part in self.parts:
+                if part.process is not None and part.process.poll() is not None:
+                    raise SmcError(
+                        f"{part.name} ended with status {part.process.returncode} while starting, expected it to serve: see "
+                        "its messages above"
+                    )
+            if time.monotonic() > limit:
+                raise SmcError(
+                    f"{', '.join(waiting)} did not answer, expected an inference within {self.options.start_timeout_s:g} s: "
+                    "see the messages above, or raise --start-timeout"
+                )
+            if self.control.connected and probe(self.grpc_address, waiting[0], 5.0) is None:
+                waiting.pop(0)
+            else:
+                time.sleep(TICK_S)
+        self._find_stubs()
+        self._prober = Prober(
+            self.grpc_address,
+            MODELS,
+            self.options.probe_interval_s,
+            self.options.probe_timeout_s,
+            lambda *result: self._results.put(result),
+        )
+        self._write_state()
+
+    def watch(self) -> None:
+        """Look after everything until `stopping` is set.
+
+        Raises:
+            SmcError: a part keeps dying.
+        """
+        while not self.stopping:
+            self.check()
+            time.sleep(TICK_S)
+
+    def check(self) -> None:
+        """One look at every part."""
+        for part in self.parts:
+            if part.process is not None and part.process.poll() is not None:
+                self._restart(part, f"ended with status {part.process.returncode}")
+        if self.control.silence_s > self.options.hang_timeout_s:
+            self._restart(self.executor, f"said nothing for {self.control.silence_s:.0f} s")
+        for model, pid in self._stubs.items():
+            if not command_line(pid):
+                self._heal_stub(model, pid)
+                break
+        if not self.control.connected:
+            self._settled_at = time.monotonic()
+        self._read_probes()
+
+    def _read_probes(self) -> None:
+        while not self._results.empty():
+            model, wrong, started = self._results.get()
+            if wrong is None or started < self._settled_at:  # a probe says nothing about what was restarted since
+                self._failures[model] = 0
+                continue
+            self._failures[model] = self._failures.get(model, 0) + 1
+            self._log.error("probe_failed", model=model, reason=wrong, times=self._failures[model])
+            if self._failures[model] >= 2:
+                self._failures.clear()
+                if self.control.silence_s > 2 * self.options.probe_timeout_s:
+                    self._restart(self.executor, "answers no probe")
+                else:
+                    self._restart(self.server, f"{model} answers no probe")
+
+    def _restart(self, part: Part, reason: str) -> None:
+        self._log.error("restart", name=part.name, reason=reason)
+        if part.crashing:
+            raise SmcError(
+                f"{part.name} ended {CRASH_LIMIT} times within {CRASH_WINDOW_S:g} s, expected it to serve: see its messages"
+            )
+        if part.process is not None:
+            kill_group(part.process)
+        if part is self.server:
+            self._remove_shared_memory()
+        part.launch()
+        if part is self.server:
+            self._wait_for_server()
+        self._settled_at = time.monotonic()
+        self._write_state()
+
+    def _heal_stub(self, model: str, pid: int) -> None:
+        """A stub died: load its model again, and end the streams that it left hanging."""
+        self._log.error("stub_died", model=model, pid=pid)
+        lost = self._requests_lost_with(pid)
+        if lost == 0 and self._reload(model):
+            self._find_stubs()
+            self._settled_at = time.monotonic()
+            self._log.info("model_reloaded", model=model)
+            self._write_state()
+        else:
+            self._restart(self.server, f"the stub of {model} died with {lost} requests in flight")
+
+    def _requests_lost_with(self, pid: int) -> int:
+        """Requests that a dead stub had in the executor; 1 when it cannot be known."""
+        limit = time.monotonic() + LOST_CLIENT_WAIT_S
+        while time.monotonic() < limit and self.control.connected:
+            report = self.control.ask(0.5) or {}
+            if str(pid) in report.get("lost_clients", {}):
+                return report["lost_clients"][str(pid)]
+            time.sleep(TICK_S)
+        return 1
+
+    def _reload(self, model: str) -> bool:
+        try:
+            with contextlib.closing(grpcclient.InferenceServerClient(self.grpc_address)) as client:
+                client.unload_model(model)
+                client.load_model(model)
+        except InferenceServerException as error:
+            self._log.error("reload_failed", model=model, reason=str(error))
+            return False
+        self._remove_shared_memory()
+        return True
+
+    def _wait_for_server(self) -> None:
+        """Until a restarted server has loaded its models; it may also die meanwhile, which the next look sees."""
+        limit = time.monotonic() + SERVER_START_S
+        with contextlib.closing(grpcclient.InferenceServerClient(self.grpc_address)) as client:
+            while time.monotonic() < limit and self.server.process is not None and self.server.process.poll() is None:
+                with contextlib.suppress(InferenceServerException):
+                    if client.is_server_ready(client_timeout=1.0):
+                        break
+                time.sleep(TICK_S)
+        self._find_stubs()
+
+    def _find_stubs(self) -> dict[str, int]:
+        """Process ids of the stubs, by model."""
+        self._stubs = {}
+        if self.server.process is not None:
+            for pid in group_members(self.server.process.pid):
+                arguments = command_line(pid)
+                if len(arguments) > 1 and arguments[0].endswith("triton_python_backend_stub"):
+                    self._stubs[Path(arguments[1]).parents[1].name] = pid
+        return self._stubs
+
+    def _remove_shared_memory(self) -> None:
+        """Unlink regions that a dead stub or server left; those in use are mapped and named by a live stub."""
+        used = {argument for pid in self._find_stubs().values() for argument in command_line(pid)}
+        for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
+            if region.name not in used:
+                region.unlink(missing_ok=True)
+
+    def _start_executor(self) -> Popen[bytes]:
+        return self._spawn(executor_command(self.options, self._address), os.environ)
+
+    def _start_server(self) -> Popen[bytes]:
+        command = tritonserver.command(self._installation, self._backends, self.ports, self._shm_prefix)
+        return self._spawn(command, self._installation.environment(self._address))
+
+    def _start_front(self) -> Popen[bytes]:
+        command = [sys.executable, "-m", "smc_engines.serving.openai_front", "--grpc", self.grpc_address]
+        command += ["--host", self.ports.host, "--port", str(self.openai_port)]
+        command += ["--model-name", Path(self.options.engine).resolve().name]
+        return self._spawn(command, os.environ)
+
+    def _spawn(self, command: Sequence[str], env: Mapping[str, str]) -> Popen[bytes]:
+        return spawn(command, env, self._output)
+
+    def _write_state(self) -> None:
+        """Where everything is, for scripts: written whole or not at all."""
+        if self.options.state_file is None:
+            return
+        state = {
+            **vars(self.ports),
+            "openai": self.openai_port,
+            "folder": str(self.folder),
+            "shm_prefix": self._shm_prefix,
+            "address": self._address,
+            "processes": {part.name: part.process.pid for part in self.parts if part.process is not None},
+            "stubs": self._stubs,
+        }
+        path = Path(self.options.state_file)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(state, indent=2))
+        partial.replace(path)
+
+    def drain(self) -> None:
+        """End in order: no new requests, streams finish, then the front, the server and the executor go."""
+        self._log.info("draining", seconds=self.options.drain_s)
+        if self._prober is not None:
+            self._prober.close()
+        executor = self.executor.process
+        if executor is not None and executor.poll() is None:
+            executor.terminate()
+            with contextlib.suppress(Exception):
+                executor.wait(self.options.drain_s + DRAIN_MARGIN_S)
+
+    def close(self) -> None:
+        """End every process and remove what they left."""
+        for part, timeout_s in (
+            (self.front, 10.0),
+            (self.server, tritonserver.EXIT_TIMEOUT_S + 5.0),
+            (self.executor, 5.0),
+        ):
+            if part.process is not None:
+                status = end(part.process, timeout_s)
+                self._log.info("ended", name=part.name, status=status)
+        self.control.close()
+        for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
+            region.unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._output is not None:
+            self._output.close()
+
+
+def remove_leftovers() -> None:
+    """Remove folders and shared memory of supervisors that were killed."""
+    for parent in (Path(tempfile.gettempdir()), Path("/dev/shm")):
+        for path in parent.glob(f"{RUNTIME_PREFIX}*"):
+            owner = path.name.removeprefix(RUNTIME_PREFIX).split("-")[0]
+            if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def check_ports(ports: Mapping[str, int | None]) -> None:
+    """Refuse ports that are given twice.
+
+    Raises:
+        ConfigError: two parts would listen on one port.
+    """
+    seen: dict[int, str] = {}
+    for name, port in ports.items():
+        if port in seen and port:
+            raise ConfigError(f"{name} and {seen[port]} are both {port}, expected different ports: change one")
+        if port:
+            seen[port] = name

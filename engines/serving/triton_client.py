@@ -1,0 +1,187 @@
+"""Calling the served models over gRPC: plain Python values in, numpy arrays out.
+
+    with TritonClient("127.0.0.1:8001") as client:
+        for response in client.stream("smc", {"text_input": "The capital of France is", "max_tokens": 16, "stream": True}):
+            print(text_of(response), end="")
+
+One call is one gRPC stream, so that a stopped iteration cancels the request; errors have a status of their own.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Generator, Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc as grpcclient
+from smc_adapter import protocol
+from smc_adapter.contracts import CONTRACTS
+from tritonclient.utils import InferenceServerException
+
+from smc_plugin.errors import SmcError
+
+_NUMPY = {
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "UINT64": np.uint64,
+    "UINT8": np.uint8,
+    "FP32": np.float32,
+    "FP16": np.float16,
+    "BOOL": np.bool_,
+}
+# A gRPC stream carries an error as a bare message. The server's own way to a status, the header triton_grpc_error, crashes
+# it (2.51) when an error comes fast, so this asks the adapter to send code and message as outputs instead.
+ERROR_OUTPUTS = {"smc_error_outputs": True}
+_STATUS = {
+    protocol.INVALID_ARG: "INVALID_ARGUMENT",
+    protocol.UNSUPPORTED: "UNIMPLEMENTED",
+    protocol.DEADLINE: "DEADLINE_EXCEEDED",
+}
+KEEPALIVE = grpcclient.KeepAliveOptions(keepalive_time_ms=60_000)
+
+
+class ServingError(SmcError):
+    """The server refused or ended a request.
+
+    Args:
+        status: gRPC status name, for example UNAVAILABLE.
+    """
+
+    def __init__(self, message: str, status: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def make_inputs(model: str, values: Mapping[str, Any]) -> list[grpcclient.InferInput]:
+    """Turn values into input tensors of one row.
+
+    Args:
+        model: a served model; its contract gives the types.
+        values: by input name: a scalar, a list, or an array that already has its batch dimension.
+    """
+    inputs = []
+    for name, value in values.items():
+        dtype = CONTRACTS[model].inputs[name].dtype
+        array = value if isinstance(value, np.ndarray) else _one_row(dtype, value)
+        tensor = grpcclient.InferInput(name, list(array.shape), "BYTES" if dtype == "STRING" else dtype)
+        tensor.set_data_from_numpy(array)
+        inputs.append(tensor)
+    return inputs
+
+
+def _one_row(dtype: str, value: Any) -> np.ndarray:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    if dtype == "STRING":
+        return np.array([[item if isinstance(item, bytes) else str(item).encode() for item in items]], object)
+    return np.array([items], _NUMPY[dtype])
+
+
+def to_error(error: InferenceServerException) -> ServingError:
+    """The project's error for one of tritonclient."""
+    status = str(error.status() or "UNKNOWN").removeprefix("StatusCode.")
+    return ServingError(error.message() or status, status)
+
+
+def to_arrays(result: grpcclient.InferResult) -> dict[str, np.ndarray]:
+    """A response's tensors by name.
+
+    Raises:
+        ServingError: the response is an error.
+    """
+    names = [output.name for output in result.get_response().outputs]  # type: ignore[union-attr]
+    read = {name: result.as_numpy(name) for name in names}
+    arrays = {name: array for name, array in read.items() if array is not None}
+    if "error_code" in arrays:
+        code, message = (str(arrays[name].item().decode()) for name in ("error_code", "error_message"))
+        raise ServingError(message, _STATUS.get(code) or code)
+    return arrays
+
+
+def is_final(result: grpcclient.InferResult) -> bool:
+    """Whether this is the last response of its request."""
+    return bool(result.get_response().parameters["triton_final_response"].bool_param)  # type: ignore[union-attr]
+
+
+def text_of(response: Mapping[str, np.ndarray]) -> str:
+    """The first text of a response; empty where it has none."""
+    return response["text_output"].ravel()[0].decode() if "text_output" in response else ""
+
+
+class TritonClient:
+    """A connection to a served instance, for one request at a time; leave its context to close it.
+
+    Args:
+        address: host:port of its gRPC endpoint.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._client = grpcclient.InferenceServerClient(address, keepalive_options=KEEPALIVE)
+
+    def __enter__(self) -> TritonClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._client.close()
+
+    def stream(
+        self,
+        model: str,
+        values: Mapping[str, Any],
+        *,
+        request_id: str = "",
+        parameters: Mapping[str, Any] | None = None,
+        timeout_s: float | None = None,
+    ) -> Generator[dict[str, np.ndarray], None, None]:
+        """Run one request.
+
+        Args:
+            values: see make_inputs.
+            parameters: request parameters, for example {"smc_timeout_ms": 5000}.
+            timeout_s: how long to wait for each response; None waits for ever.
+        Yields:
+            the responses' tensors, in order. Leaving the iteration cancels the request.
+        Raises:
+            ServingError: the server refused or ended it, or nothing came in time.
+        """
+        arrived: queue.SimpleQueue[tuple[Any, InferenceServerException | None]] = queue.SimpleQueue()
+        client, ended = self._client, False
+        try:
+            client.start_stream(lambda result, error: arrived.put((result, error)))
+            client.async_stream_infer(
+                model,
+                make_inputs(model, values),
+                request_id=request_id,
+                enable_empty_final_response=True,
+                parameters={**ERROR_OUTPUTS, **(parameters or {})},
+            )
+            yield from _responses(arrived, timeout_s)
+            ended = True
+        except InferenceServerException as error:
+            # A stream that broke while it was opened reports why through the callback.
+            reported = None if arrived.empty() else arrived.get()[1]
+            raise to_error(reported or error) from None
+        finally:
+            client.stop_stream(cancel_requests=not ended)
+
+
+def _responses(
+    arrived: queue.SimpleQueue[tuple[Any, InferenceServerException | None]], timeout_s: float | None
+) -> Iterator[dict[str, np.ndarray]]:
+    while True:
+        try:
+            result, error = arrived.get(timeout=timeout_s)
+        except queue.Empty:
+            raise ServingError(
+                f"no response came, expected one within {timeout_s} s: check the server", "DEADLINE_EXCEEDED"
+            ) from None
+        if error is not None:
+            raise to_error(error)
+        arrays = to_arrays(result)
+        if arrays:
+            yield arrays
+        if is_final(result):
+            return

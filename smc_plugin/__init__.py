@@ -1,0 +1,1 @@
+"""Kernels of the SMC round, each beside its plain torch reference."""

@@ -1,0 +1,483 @@
+"""Rotary embedding, KV write and attention through block tables, for decoding, scoring and prefill.
+
+`attend` does all three in one launch for decode-like passes: each program rotates its queries, walks its part of the
+pages that earlier passes wrote, and the program of the last part takes the new keys and values from the qkv rows
+themselves and writes them to their pages. `rope_and_write` and `paged_attention` mirror the reference and serve long
+prefill chunks.
+
+A program serves one sequence and one KV head with all query heads that share it: Llama-8B scoring K + 1 = 9 tokens has
+9 * 4 = 36 query rows, padded to 64. The context is split over programs so that few sequences still fill the GPU; the
+last program to finish a (sequence, KV head) combines the parts. Sequences are the fastest grid axis: particles that
+share prompt pages read the same page at about the same time, so that all but the first find it in the L2 cache.
+Positions at or beyond a sequence's length are masked on load: garbage there, NaN included, is never used.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from smc_plugin.errors import ConfigError
+from smc_plugin.kernels.launch import (
+    cdiv,
+    counters,
+    is_last_arrival,
+    launch,
+    let_next_start,
+    next_power_of_2,
+    sm_count,
+    wait_for_inputs,
+)
+
+_FUSED_ROWS = 64  # query rows a program holds; a (sequence, KV head) with more takes the two-launch path
+_HEADS_PER_PROGRAM = 8
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """What the calls of one forward pass share.
+
+    Args:
+        cos, sin: [B * Q, head_dim / 2] float32.
+        slots: [B * Q] int64, page * page_size + offset to write to.
+        start: [B] int64, position of each sequence's first query.
+        block_table: [B, C] int32, columns contiguous.
+        num_queries, page_size: Q and the page size.
+        max_context: no sequence is longer than this after the pass; only decides how the work is split.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor
+    start: Tensor
+    block_table: Tensor
+    num_queries: int
+    page_size: int
+    max_context: int
+
+
+@triton.jit
+def _context_kernel(
+    start,
+    block_table,
+    table_stride,
+    inv_freq,
+    cos,
+    sin,
+    slots,
+    num_queries,
+    half,
+    PAGE_SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    let_next_start(PDL)
+    wait_for_inputs(PDL)
+    row = tl.program_id(0)
+    sequence = row // num_queries
+    position = tl.load(start + sequence) + row % num_queries
+    page = tl.load(block_table + sequence * table_stride + position // PAGE_SIZE).to(tl.int64)
+    tl.store(slots + row, page * PAGE_SIZE + position % PAGE_SIZE)
+    pair = tl.arange(0, HALF)
+    valid = pair < half
+    angle = position.to(tl.float32) * tl.load(inv_freq + pair, mask=valid, other=0.0)
+    tl.store(cos + row * half + pair, tl.cos(angle), mask=valid)
+    tl.store(sin + row * half + pair, tl.sin(angle), mask=valid)
+
+
+def make_context(
+    start: Tensor, num_queries: int, block_table: Tensor, page_size: int, inv_freq: Tensor, max_context: int
+) -> AttentionContext:
+    """Prepare a forward pass, in one launch; see the reference.
+
+    Args:
+        start: [B] int64, position of each sequence's first query.
+        block_table: [B, C] int32.
+        inv_freq: [head_dim / 2] float32, radians per position.
+        max_context: no sequence is longer than this after the pass.
+    """
+    rows, half = start.shape[0] * num_queries, inv_freq.shape[0]
+    cos, sin = (torch.empty((rows, half), dtype=torch.float32, device=start.device) for _ in range(2))
+    slots = torch.empty(rows, dtype=torch.int64, device=start.device)
+    block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    start = start.contiguous()
+    launch(
+        _context_kernel,
+        (rows,),
+        *(start, block_table, block_table.stride(0), inv_freq, cos, sin, slots, num_queries, half),
+        PAGE_SIZE=page_size,
+        HALF=next_power_of_2(half),
+        num_warps=1,
+    )
+    return AttentionContext(cos, sin, slots, start, block_table, num_queries, page_size, max_context)
+
+
+@triton.jit
+def _normed_and_rotated(base, valid, cos, sin, weight, eps, NORM: tl.constexpr, HALF: tl.constexpr):
+    """Both halves [rows, HALF] of heads at base [rows], after optional RMS norm and rotation, in the input's dtype.
+
+    valid [rows]; cos and sin [rows, HALF]; weight points at [2 * HALF] or is not read.
+    """
+    pair = tl.arange(0, HALF)
+    at = base[:, None] + pair[None, :]
+    first = tl.load(at, mask=valid[:, None], other=0.0)
+    second = tl.load(at + HALF, mask=valid[:, None], other=0.0)
+    wide_1, wide_2 = first.to(tl.float32), second.to(tl.float32)
+    if NORM:
+        square = tl.sum(wide_1 * wide_1 + wide_2 * wide_2, axis=1) / (2 * HALF)
+        scale = tl.rsqrt(square + eps)[:, None]
+        weight_1 = tl.load(weight + pair)[None, :].to(tl.float32)
+        weight_2 = tl.load(weight + HALF + pair)[None, :].to(tl.float32)
+        # Rounded where the reference rounds: after the norm, and after the weight.
+        wide_1 = (weight_1 * (wide_1 * scale).to(first.dtype).to(tl.float32)).to(first.dtype).to(tl.float32)
+        wide_2 = (weight_2 * (wide_2 * scale).to(first.dtype).to(tl.float32)).to(first.dtype).to(tl.float32)
+    turned_1 = wide_1 * cos - wide_2 * sin
+    turned_2 = wide_2 * cos + wide_1 * sin
+    return turned_1.to(first.dtype), turned_2.to(first.dtype)
+
+
+@triton.jit
+def _rope_kernel(
+    qkv,
+    row_stride,
+    cache,
+    half_cache,
+    cos,
+    sin,
+    slots,
+    q_norm,
+    k_norm,
+    query_out,
+    eps,
+    num_heads,
+    kv_heads,
+    NORM: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    let_next_start(PDL)
+    wait_for_inputs(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    pair = tl.arange(0, HALF)
+    base = qkv + row * row_stride + head * (2 * HALF)
+    is_query, is_key = head < num_heads, (head >= num_heads) & (head < num_heads + kv_heads)
+    is_value = (head >= num_heads + kv_heads) & (head < num_heads + 2 * kv_heads)
+    turn_cos = tl.load(cos + row * HALF + pair)[None, :]
+    turn_sin = tl.load(sin + row * HALF + pair)[None, :]
+    slot = tl.load(slots + row)
+    if tl.program_id(1) * HEADS < num_heads:
+        first, second = _normed_and_rotated(base, is_query, turn_cos, turn_sin, q_norm, eps, NORM, HALF)
+        out = query_out + (row * num_heads + head)[:, None] * (2 * HALF) + pair[None, :]
+        tl.store(out, first, mask=is_query[:, None])
+        tl.store(out + HALF, second, mask=is_query[:, None])
+    if tl.program_id(1) * HEADS + HEADS > num_heads:
+        first, second = _normed_and_rotated(base, is_key, turn_cos, turn_sin, k_norm, eps, NORM, HALF)
+        place = cache + (slot * kv_heads + head - num_heads)[:, None] * (2 * HALF) + pair[None, :]
+        tl.store(place, first, mask=is_key[:, None])
+        tl.store(place + HALF, second, mask=is_key[:, None])
+        at = base[:, None] + pair[None, :]
+        first = tl.load(at, mask=is_value[:, None], other=0.0)
+        second = tl.load(at + HALF, mask=is_value[:, None], other=0.0)
+        place += half_cache - kv_heads * (2 * HALF)
+        tl.store(place, first, mask=is_value[:, None])
+        tl.store(place + HALF, second, mask=is_value[:, None])
+
+
+def rope_and_write(
+    qkv: Tensor,
+    layer_cache: Tensor,
+    context: AttentionContext,
+    num_heads: int,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Rotate queries and keys, write keys and values to their pages; see the reference.
+
+    Args:
+        qkv: [R, (num_heads + 2 kv_heads) * head_dim].
+        layer_cache: [2, P, page_size, kv_heads, head_dim], contiguous, changed in place.
+        q_norm, k_norm: [head_dim] both, or None both.
+    Returns:
+        [R, num_heads, head_dim] rotated queries.
+    """
+    kv_heads, head_dim = layer_cache.shape[-2:]
+    _check_shapes(head_dim, context.page_size)
+    query = torch.empty((qkv.shape[0], num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    q_weight, k_weight = (qkv, qkv) if q_norm is None or k_norm is None else (q_norm, k_norm)
+    launch(
+        _rope_kernel,
+        (qkv.shape[0], cdiv(num_heads + 2 * kv_heads, _HEADS_PER_PROGRAM)),
+        *(qkv, qkv.stride(0), layer_cache, layer_cache.stride(0), context.cos, context.sin, context.slots),
+        *(q_weight, k_weight, query, eps, num_heads, kv_heads),
+        NORM=q_norm is not None,
+        HALF=head_dim // 2,
+        HEADS=_HEADS_PER_PROGRAM,
+        num_warps=4,
+    )
+    return query
+
+
+@triton.jit
+def _attend_tile(q, keys, values, visible, top, total, acc, scale_log2):
+    """Fold a tile of keys and values into the running softmax."""
+    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale_log2
+    scores = tl.where(visible, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores - shift[:, None])
+    fade = tl.exp2(top - shift)
+    acc = acc * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+    return new_top, total * fade + tl.sum(weights, axis=1), acc
+
+
+@triton.jit
+def _combine_parts(acc_parts, stat_parts, num_splits, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Softmax-weighted sum of all parts of one (sequence, KV head)."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    for split in range(num_splits):
+        # .cg: other programs wrote these while this one ran; its first-level cache may not know.
+        part_top = tl.load(stat_parts + (split * 2) * ROWS + row, cache_modifier=".cg")
+        part_total = tl.load(stat_parts + (split * 2 + 1) * ROWS + row, cache_modifier=".cg")
+        part = tl.load(
+            acc_parts + split * ROWS * HEAD_DIM + row[:, None] * HEAD_DIM + column[None, :], cache_modifier=".cg"
+        )
+        new_top = tl.maximum(top, part_top)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        fade, gain = tl.exp2(top - shift), tl.exp2(part_top - shift)
+        acc = acc * fade[:, None] + part * gain[:, None]
+        total = total * fade + part_total * gain
+        top = new_top
+    return acc, total
+
+
+@triton.jit
+def _attention_kernel(  # noqa: PLR0915 - one idea: a program's queries against its part of the context
+    query,
+    row_stride,
+    cache,
+    half_cache,
+    block_table,
+    table_stride,
+    start,
+    cos,
+    sin,
+    slots,
+    q_norm,
+    k_norm,
+    out,
+    acc_parts,
+    stat_parts,
+    arrivals,
+    scale_log2,
+    eps,
+    num_heads,
+    kv_heads,
+    num_queries,
+    num_splits,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    NEW: tl.constexpr,
+    FUSED: tl.constexpr,
+    NORM: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    let_next_start(PDL)
+    wait_for_inputs(PDL)
+    HALF: tl.constexpr = HEAD_DIM // 2
+    sequence, split = tl.program_id(0), tl.program_id(2)
+    kv_head, row_block = tl.program_id(1) % kv_heads, tl.program_id(1) // kv_heads
+    row = row_block * ROWS + tl.arange(0, ROWS)
+    query_index = row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    is_row = query_index < num_queries
+    line = (sequence * num_queries + query_index).to(tl.int64)
+    column = tl.arange(0, HEAD_DIM)
+    first_position = tl.load(start + sequence).to(tl.int32)
+
+    query_base = query + line * row_stride + head * HEAD_DIM
+    if FUSED:
+        pair = tl.arange(0, HALF)
+        turn = line[:, None] * HALF + pair[None, :]
+        row_cos = tl.load(cos + turn, mask=is_row[:, None], other=0.0)
+        row_sin = tl.load(sin + turn, mask=is_row[:, None], other=0.0)
+        first, second = _normed_and_rotated(query_base, is_row, row_cos, row_sin, q_norm, eps, NORM, HALF)
+        q = tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), [ROWS, HEAD_DIM])
+        length = first_position
+    else:
+        q = tl.load(query_base[:, None] + column[None, :], mask=is_row[:, None], other=0.0)
+        last_query = tl.minimum((row_block * ROWS + ROWS - 1) // GROUP, num_queries - 1)
+        length = first_position + last_query + 1
+
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    chunk = tl.cdiv(tl.cdiv(length, num_splits), TOKENS) * TOKENS
+    stop = tl.minimum(length, (split + 1) * chunk)
+    for at in range(split * chunk, stop, TOKENS):
+        token = at + tl.arange(0, TOKENS)
+        valid = token < stop
+        page = tl.load(block_table + sequence * table_stride + token // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
+        place = ((page * PAGE_SIZE + token % PAGE_SIZE) * kv_heads + kv_head) * HEAD_DIM
+        tile = cache + place[:, None] + column[None, :]
+        keys = tl.load(tile, mask=valid[:, None], other=0.0).to(q.dtype)
+        values = tl.load(tile + half_cache, mask=valid[:, None], other=0.0).to(q.dtype)
+        visible = valid[None, :]
+        if not FUSED:
+            visible = visible & (token[None, :] <= (first_position + query_index)[:, None])
+        top, total, acc = _attend_tile(q, keys, values, visible, top, total, acc, scale_log2)
+
+    if FUSED:  # noqa: SIM102 - the outer condition is decided at compile time
+        if split == num_splits - 1:
+            new = tl.arange(0, NEW)
+            is_new = new < num_queries
+            new_line = (sequence * num_queries + new).to(tl.int64)
+            new_turn = new_line[:, None] * HALF + tl.arange(0, HALF)[None, :]
+            new_cos = tl.load(cos + new_turn, mask=is_new[:, None], other=0.0)
+            new_sin = tl.load(sin + new_turn, mask=is_new[:, None], other=0.0)
+            key_base = query + new_line * row_stride + (num_heads + kv_head) * HEAD_DIM
+            new_first, new_second = _normed_and_rotated(key_base, is_new, new_cos, new_sin, k_norm, eps, NORM, HALF)
+            new_keys = tl.reshape(tl.permute(tl.join(new_first, new_second), (0, 2, 1)), [NEW, HEAD_DIM])
+            value_base = key_base + kv_heads * HEAD_DIM
+            new_values = tl.load(value_base[:, None] + column[None, :], mask=is_new[:, None], other=0.0)
+            slot = tl.load(slots + new_line, mask=is_new, other=0)
+            new_place = cache + ((slot * kv_heads + kv_head) * HEAD_DIM)[:, None] + column[None, :]
+            tl.store(new_place, new_keys, mask=is_new[:, None])
+            tl.store(new_place + half_cache, new_values, mask=is_new[:, None])
+            # What attention sees is what later passes will read: rounded to the cache's dtype.
+            new_keys = new_keys.to(cache.dtype.element_ty).to(q.dtype)
+            new_values = new_values.to(cache.dtype.element_ty).to(q.dtype)
+            new_visible = is_new[None, :] & (new[None, :] <= query_index[:, None])
+            top, total, acc = _attend_tile(q, new_keys, new_values, new_visible, top, total, acc, scale_log2)
+
+    writes = True
+    if SPLIT:
+        tile_index = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+        local = tl.arange(0, ROWS)
+        accs = acc_parts + tile_index * num_splits * ROWS * HEAD_DIM
+        stats = stat_parts + tile_index * num_splits * 2 * ROWS
+        tl.store(accs + split * ROWS * HEAD_DIM + local[:, None] * HEAD_DIM + column[None, :], acc)
+        tl.store(stats + (split * 2) * ROWS + local, top)
+        tl.store(stats + (split * 2 + 1) * ROWS + local, total)
+        writes = is_last_arrival(arrivals + tile_index, num_splits)
+        if writes:
+            acc, total = _combine_parts(accs, stats, num_splits, ROWS, HEAD_DIM)
+    if writes:
+        result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        target = out + line[:, None] * (num_heads * HEAD_DIM) + (head * HEAD_DIM)[:, None] + column[None, :]
+        tl.store(target, result.to(out.dtype.element_ty), mask=is_row[:, None])
+
+
+def _check_shapes(head_dim: int, page_size: int) -> None:
+    """Refuse what the kernels' power-of-two tiles cannot hold."""
+    for name, value, least in (("head_dim", head_dim, 16), ("page_size", page_size, 1)):
+        if value < least or value & (value - 1):
+            raise ConfigError(
+                f"paged attention was given {name} {value}, expected a power of two of at least {least}: pad it, or use "
+                "smc_plugin.reference"
+            )
+
+
+def _num_splits(programs: int, max_context: int, tokens: int, device: torch.device) -> int:
+    """Parts of the context: two programs a multiprocessor, but at least two tiles a part."""
+    wanted = 2 * sm_count(device) // programs
+    return max(1, min(wanted, cdiv(max_context, 2 * tokens)))
+
+
+def _launch_attention(
+    query: Tensor,
+    layer_cache: Tensor,
+    context: AttentionContext,
+    num_heads: int,
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    fused: bool,
+) -> Tensor:
+    """The attention kernel over qkv rows (fused) or over rotated queries."""
+    kv_heads, head_dim = layer_cache.shape[-2:]
+    _check_shapes(head_dim, context.page_size)
+    group, queries = num_heads // kv_heads, context.num_queries
+    batch, device = context.start.shape[0], query.device
+    rows = max(16, min(_FUSED_ROWS, next_power_of_2(queries * group)))
+    # float32 products take no tensor cores: larger tiles would not fit the registers.
+    tokens = 32 if query.element_size() == 4 else 8192 // max(head_dim, 64)
+    blocks = kv_heads * cdiv(queries * group, rows)
+    splits = _num_splits(batch * blocks, context.max_context, tokens, device)
+    out = torch.empty((query.shape[0], num_heads * head_dim), dtype=query.dtype, device=device)
+    parts = batch * blocks * splits if splits > 1 else 0
+    acc_parts = torch.empty((parts, rows, head_dim), dtype=torch.float32, device=device) if parts else out
+    stat_parts = torch.empty((parts, 2, rows), dtype=torch.float32, device=device) if parts else out
+    arrivals = counters(device, batch * blocks) if parts else out
+    q_norm, k_norm = norms if norms else (query, query)
+    launch(
+        _attention_kernel,
+        (batch, blocks, splits),
+        *(query, query.stride(0), layer_cache, layer_cache.stride(0), context.block_table),
+        *(context.block_table.stride(0), context.start, context.cos, context.sin, context.slots, q_norm, k_norm),
+        *(out, acc_parts, stat_parts, arrivals, math.log2(math.e) / math.sqrt(head_dim), eps),
+        *(num_heads, kv_heads, queries, splits),
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=context.page_size,
+        ROWS=rows,
+        TOKENS=tokens,
+        NEW=max(16, next_power_of_2(queries)) if fused else 16,
+        FUSED=fused,
+        NORM=norms is not None,
+        SPLIT=splits > 1,
+        num_warps=4,
+        num_stages=3,
+    )
+    return out
+
+
+def paged_attention(query: Tensor, layer_cache: Tensor, context: AttentionContext) -> Tensor:
+    """Causal attention over each sequence's pages; see the reference.
+
+    Args:
+        query: [B * Q, num_heads, head_dim], rotated.
+        layer_cache: [2, P, page_size, kv_heads, head_dim], contiguous; head_dim and page_size are powers of two.
+    Returns:
+        [B * Q, num_heads * head_dim] in the query's dtype; scale 1/sqrt(head_dim).
+    """
+    return _launch_attention(query.contiguous(), layer_cache, context, query.shape[1], None, 0.0, fused=False)
+
+
+def attend(
+    qkv: Tensor,
+    layer_cache: Tensor,
+    context: AttentionContext,
+    num_heads: int,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """`paged_attention(rope_and_write(...))`, in one launch where a sequence has few queries.
+
+    Args:
+        qkv: [R, (num_heads + 2 kv_heads) * head_dim], columns contiguous.
+        layer_cache: [2, P, page_size, kv_heads, head_dim], contiguous, changed in place.
+        q_norm, k_norm: [head_dim] both, or None both.
+    Returns:
+        [R, num_heads * head_dim] in qkv's dtype.
+    """
+    kv_heads = layer_cache.shape[-2]
+    if context.num_queries * (num_heads // kv_heads) > _FUSED_ROWS:
+        query = rope_and_write(qkv, layer_cache, context, num_heads, q_norm, k_norm, eps)
+        return paged_attention(query, layer_cache, context)
+    norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
+    return _launch_attention(qkv, layer_cache, context, num_heads, norms, eps, fused=True)

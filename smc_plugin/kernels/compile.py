@@ -1,0 +1,120 @@
+"""Compile kernels ahead of time, without a GPU.
+
+`launch.recording` notes what a public function would launch; `compile_recorded` compiles one such launch for a compute
+capability and reports what it needs. The specialisation is the one a launch would get: integers equal to 1 are
+constants, those divisible by 16 and all tensors are known to be (allocations are aligned to 512 bytes).
+
+    >>> with launch.recording() as recorded:
+    ...     weights.normalise(torch.zeros(1, 8, dtype=torch.float64, device="meta"))
+    >>> compile_recorded(recorded[0]).registers
+    30
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from smc_plugin.kernels.launch import Recorded
+
+_POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+    torch.bool: "*i1",
+}
+_FACTS = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled kernel.
+
+    Args:
+        name: of the function.
+        cubin: the machine code.
+        ptx: its assembly text.
+        registers: per thread.
+        spill_bytes: of stack and local memory a thread; 0 is what one wants.
+        shared_bytes: of shared memory a program.
+        num_warps: of a program.
+    """
+
+    name: str
+    cubin: bytes
+    ptx: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    num_warps: int
+
+
+def _describe(value: Any) -> tuple[str, bool]:
+    """Type of a run-time argument and whether 16 divides it."""
+    if isinstance(value, Tensor):
+        return _POINTERS[value.dtype], True
+    if isinstance(value, float):
+        return "fp32", False
+    return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
+
+
+def _source(recorded: Recorded) -> ASTSource:
+    kernel = recorded.kernel
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(kernel.params):
+        value = recorded.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(position,)] = value
+            continue
+        signature[parameter.name], divisible = _describe(value)
+        if divisible:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    """Registers, stack, shared and local bytes as cuobjdump reads them from the cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        tool = knobs.nvidia.cuobjdump.path
+        text = subprocess.run([tool, "-res-usage", str(path)], check=True, capture_output=True, text=True).stdout
+    return {name: int(value) for name, value in _FACTS.findall(text)}
+
+
+def compile_recorded(recorded: Recorded, capability: int = 90) -> Compiled:
+    """Compile one recorded launch.
+
+    Args:
+        recorded: from `launch.recording`.
+        capability: compute capability times ten; 90 is Hopper.
+    """
+    target = GPUTarget("cuda", capability, 32)
+    kernel = triton.compile(_source(recorded), target=target, options=recorded.options)
+    cubin = kernel.asm["cubin"]
+    usage = _resource_usage(cubin)
+    return Compiled(
+        kernel.metadata.name,
+        cubin,
+        kernel.asm["ptx"],
+        usage.get("REG", 0),
+        usage.get("STACK", 0) + usage.get("LOCAL", 0),
+        kernel.metadata.shared,
+        kernel.metadata.num_warps,
+    )

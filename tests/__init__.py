@@ -1,0 +1,1 @@
+"""Tests mirror the packages; the helpers they share live at the top."""

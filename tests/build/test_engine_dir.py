@@ -1,0 +1,166 @@
+"""Engine directories: what a manifest keeps, and that a damaged or foreign one is refused."""
+
+import dataclasses
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smc_build.builder import BuildOptions, build_engine
+from smc_build.checkpoint import Checkpoint
+from smc_build.engine_dir import Manifest, load_manifest, load_weights, tokenizer_path, weight_file
+from smc_build.shard_file import hash_file, write_shard
+from smc_plugin.errors import ConfigError, EngineDirError
+from tests.tiny_models import make_checkpoint
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Path:
+    target = make_checkpoint(tmp_path / "target", "qwen3", layers=2, seed=1)
+    draft = make_checkpoint(tmp_path / "draft", "qwen3", layers=1, seed=2)
+    return build_engine(BuildOptions(str(target), str(draft), dtype="float32", output=tmp_path / "engine"))
+
+
+def edit(engine: Path, **values: object) -> None:
+    path = engine / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_manifest_round_trip(engine: Path) -> None:
+    manifest = load_manifest(engine)
+    assert Manifest.from_dict(json.loads(json.dumps(manifest.to_dict()))) == manifest
+    without_draft = dataclasses.replace(manifest, draft=None)
+    assert Manifest.from_dict(json.loads(json.dumps(without_draft.to_dict()))) == without_draft
+    files = {str(path.relative_to(engine)) for path in engine.rglob("*") if path.is_file()}
+    assert files - {"manifest.json"} == set(manifest.files)
+    assert (manifest.max_particles, manifest.max_draft_tokens, manifest.page_size) == (8, 8, 16)
+
+
+@pytest.mark.parametrize(("role", "folder"), [("target", "target"), ("draft", "draft")])
+def test_weights_are_those_of_the_checkpoint(engine: Path, role, folder: str, tmp_path: Path) -> None:
+    loaded = load_weights(engine, role)
+    with Checkpoint(tmp_path / folder) as checkpoint:
+        assert load_manifest(engine).model(role).config == checkpoint.config
+        expected = dict(checkpoint.tensors("float32"))
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    rounded = load_weights(engine, role, dtype="bfloat16")
+    assert all(torch.equal(rounded[name], expected[name].bfloat16()) for name in expected)
+
+
+def test_tokenizer_files_are_copied_byte_for_byte(engine: Path, tmp_path: Path) -> None:
+    folder = tokenizer_path(engine)
+    assert folder is not None
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "target" / name).read_bytes()
+
+
+def test_a_flipped_bit_in_any_file_is_caught(engine: Path) -> None:
+    for name in load_manifest(engine).files:
+        path = engine / name
+        content = path.read_bytes()
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        with pytest.raises(EngineDirError, match=f"{name} is damaged"):
+            load_manifest(engine)
+        load_manifest(engine, verify=False)
+        path.write_bytes(content)
+    load_manifest(engine)
+
+
+def test_a_missing_or_resized_file_is_caught_without_hashing(engine: Path) -> None:
+    path = engine / weight_file("draft", 0)
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(EngineDirError, match="bytes, expected"):
+        load_manifest(engine, verify=False)
+    path.unlink()
+    with pytest.raises(EngineDirError, match="is missing"):
+        load_manifest(engine, verify=False)
+
+
+def test_another_format_version_is_refused(engine: Path) -> None:
+    edit(engine, format_version=2)
+    with pytest.raises(EngineDirError, match="format version 2, expected 1"):
+        load_manifest(engine)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"format_version": 1}'])
+def test_a_broken_manifest_is_refused(engine: Path, content: str) -> None:
+    (engine / "manifest.json").write_text(content)
+    with pytest.raises(EngineDirError, match=r"manifest\.json"):
+        load_manifest(engine)
+
+
+def test_an_unknown_manifest_field_is_refused(engine: Path) -> None:
+    edit(engine, flavour="vanilla")
+    with pytest.raises(EngineDirError, match="flavour"):
+        load_manifest(engine)
+
+
+@pytest.mark.parametrize("name", ["../target/config.json", "/etc/hostname", "target/../../target/config.json"])
+def test_a_manifest_that_lists_files_outside_is_refused(engine: Path, name: str) -> None:
+    edit(engine, files={name: {"bytes": 1, "sha256": "0"}})
+    with pytest.raises(EngineDirError, match="file inside the engine directory"):
+        load_manifest(engine)
+
+
+def test_a_link_that_leaves_the_engine_directory_is_refused(engine: Path, tmp_path: Path) -> None:
+    path = engine / "target" / "config.json"
+    path.rename(tmp_path / "config.json")
+    path.symlink_to(tmp_path / "config.json")
+    with pytest.raises(EngineDirError, match="file inside the engine directory"):
+        load_manifest(engine)
+
+
+def test_a_folder_that_is_no_engine_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EngineDirError, match="is not an engine directory"):
+        load_manifest(tmp_path)
+
+
+def test_a_rank_or_draft_that_was_not_built_is_refused(engine: Path) -> None:
+    with pytest.raises(EngineDirError, match="expected ranks 0 to 0"):
+        load_weights(engine, "target", rank=1)
+    edit(engine, draft=None)
+    with pytest.raises(EngineDirError, match="without a draft"):
+        load_weights(engine, "draft")
+
+
+def test_weights_of_another_shape_are_refused(engine: Path) -> None:
+    target, draft = (engine / weight_file(role, 0) for role in ("target", "draft"))
+    target.write_bytes(draft.read_bytes())
+    files = json.loads((engine / "manifest.json").read_text())["files"]
+    files[weight_file("target", 0)] = dataclasses.asdict(hash_file(target))
+    edit(engine, files=files)
+    with pytest.raises(EngineDirError, match=r"tensor layers\.1\.\w+ has shape None, expected"):
+        load_weights(engine, "target")
+
+
+def test_an_unknown_dtype_names_the_closest(engine: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'bfloat16'"):
+        load_weights(engine, "target", dtype="bf16loat")
+
+
+def test_shard_files_are_safetensors_with_aligned_data(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.5])}
+    entry = write_shard(tmp_path / "x", {"a": (2, 3), "b": (1,)}, tensors.items(), "float32")
+    assert entry == hash_file(tmp_path / "x")
+    loaded = load_file(tmp_path / "x")
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    header_bytes = struct.unpack("<Q", (tmp_path / "x").read_bytes()[:8])[0]
+    assert (header_bytes + 8) % 64 == 0
+
+
+def test_a_shard_writer_insists_on_the_announced_tensors(tmp_path: Path) -> None:
+    for tensors in (
+        [("a", torch.zeros(3))],
+        [("b", torch.zeros(2))],
+        [("a", torch.zeros(2).bfloat16())],
+        [],
+        [("a", torch.zeros(2))] * 2,
+    ):
+        with pytest.raises(ValueError, match=r"^(a|b|tensor a) "):
+            write_shard(tmp_path / "x", {"a": (2,)}, tensors, "float32")

@@ -1,0 +1,131 @@
+"""Every kernel compiles for Hopper without a GPU, at the shapes of Llama-8B and Llama-1B, without spilling registers."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from smc_plugin.kernels import attention, launch, matmul, pages, resample, sampling, weights
+from smc_plugin.kernels.compile import Compiled, compile_recorded
+
+BF16, F32, F64, I32, I64 = torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64
+VOCAB = 128256
+# name: (hidden, qkv, ffn, head_dim)
+MODELS = {"llama-8b": (4096, 6144, 14336, 128), "llama-1b": (2048, 3072, 8192, 64)}
+HEADS, KV_HEADS = 32, 8
+
+
+def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    """A tensor with a shape and no memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def compile_all(recorded: list[launch.Recorded]) -> list[Compiled]:
+    """Compile each recorded launch once and check what holds for all."""
+    done = [compile_recorded(one) for one in recorded]
+    for one in done:
+        assert one.cubin[:4] == b"\x7fELF"
+        assert "griddepcontrol.wait" in one.ptx, one.name
+        assert one.registers <= 255, one
+        assert one.shared_bytes <= 227 * 1024, one
+    return done
+
+
+def test_sampling() -> None:
+    def names(rows: int) -> list[Tensor]:
+        return [meta(rows, dtype=I64) for _ in range(4)]
+
+    with launch.recording() as recorded:
+        sampling.sample(meta(8, VOCAB, dtype=F32), meta(8, dtype=F32), *names(8))
+        alpha, rows = meta(8, dtype=F32), meta(8, dtype=I64)
+        sampling.sample(meta(72, VOCAB), meta(8, dtype=F32), *names(8), alpha=alpha, rows=rows)
+        sampling.score(meta(72, VOCAB, dtype=F32), meta(72, dtype=I64), meta(72, dtype=F32))
+        sampling.apply_filters(meta(8, VOCAB, dtype=F32), meta(8, dtype=I64), meta(8, dtype=F32), meta(8, dtype=F32))
+    compiled = compile_all(recorded)
+    assert all(one.spill_bytes == 0 for one in compiled)
+    assert "ld.global.v4" in compiled[0].ptx  # 16-byte loads of the logits
+
+
+@pytest.mark.parametrize("particles", [8, 64])
+def test_weights_and_resampling(particles: int) -> None:
+    groups, drafts = 2, 8
+    values, terms = meta(groups, particles, dtype=F64), meta(groups, particles, drafts, dtype=F32)
+    end, whole = meta(groups, particles, dtype=I64), meta(groups, dtype=I64)
+    real, flag = meta(groups, dtype=F64), meta(groups, dtype=torch.bool)
+    over = meta(groups, particles, dtype=torch.bool)
+    with launch.recording() as recorded:
+        weights.accumulate(values, terms.double(), end, over)
+        weights.effective_sample_size(values)
+        resample.systematic_resample(values, real)
+        resample.keep_survivors(end)
+        resample.resample_if_needed(values, whole, whole, real, flag, real)
+        resample.weigh_and_resample(
+            *(values, terms, terms, meta(groups, dtype=F32), end, over, flag, values, whole, whole, real, flag, real)
+        )
+    assert all(one.spill_bytes == 0 for one in compile_all(recorded))
+
+
+def test_pages() -> None:
+    ref_count, table, whole = meta(30000, dtype=I32), meta(1, 8, 600, dtype=I32), meta(1, dtype=I64)
+    with launch.recording() as recorded:
+        pages.reserve(ref_count, table, whole, whole, 2)
+        source, destination = pages.fork(ref_count, table, meta(1, 8, dtype=I64), whole)
+        pages.release(ref_count, table, whole)
+        pages.copy_pages(meta(32, 2, 3000, 16, KV_HEADS, 128), source, destination)
+    assert all(one.spill_bytes == 0 for one in compile_all(recorded))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_attention(model: str) -> None:
+    _, qkv, _, head_dim = MODELS[model]
+    cache = meta(2, 3000, 16, KV_HEADS, head_dim)
+    with launch.recording() as recorded:
+        for batch, queries, norm in ((8, 1, True), (8, 2, False), (8, 9, False), (1, 512, False)):
+            context = attention.make_context(
+                *(meta(batch, dtype=I64), queries, meta(batch, 600, dtype=I32), 16, meta(head_dim // 2, dtype=F32), 784)
+            )
+            norms = (meta(head_dim), meta(head_dim)) if norm else (None, None)
+            attention.attend(meta(batch * queries, qkv), cache, context, HEADS, *norms)
+    for one in compile_all(recorded):
+        # Reducing a large angle takes 32 bytes of stack; it shows that sine and cosine are the accurate ones.
+        assert one.spill_bytes == (32 if one.name == "_context_kernel" else 0), one
+        assert "cos.approx" not in one.ptx
+        if one.name == "_attention_kernel":
+            assert "cp.async" in one.ptx
+
+
+def test_sizes_of_one_compile() -> None:
+    """A launch turns integers equal to 1 into constants, which lack a tensor's methods."""
+    values, terms, whole = meta(1, 1, dtype=F64), meta(1, 1, 1, dtype=F32), meta(1, dtype=I64)
+    end, over = meta(1, 1, dtype=I64), meta(1, 1, dtype=torch.bool)
+    real, flag, single = meta(1, dtype=F64), meta(1, dtype=torch.bool), meta(1, dtype=F32)
+    with launch.recording() as recorded:
+        resample.weigh_and_resample(
+            *(values, terms, terms, single, end, over, flag, values, whole, whole, real, flag, real)
+        )
+        resample.systematic_resample(values, real)
+        pages.reserve(meta(100, dtype=I32), meta(1, 1, 9, dtype=I32), whole, whole, 1)
+        sampling.sample(meta(1, 700), single, whole, whole, whole, whole, alpha=single)
+        context = attention.make_context(whole, 1, meta(1, 9, dtype=I32), 1, meta(16, dtype=F32), 64)
+        attention.attend(meta(1, 96, dtype=F32), meta(2, 9, 1, 1, 32, dtype=F32), context, 1)
+        matmul.linear(meta(1, 64, dtype=F32), meta(64, 1, dtype=F32))
+    compile_all(recorded)
+
+
+@pytest.mark.parametrize("rows", [8, 72])
+@pytest.mark.parametrize("model", MODELS)
+def test_products(model: str, rows: int) -> None:
+    hidden, qkv, ffn, _ = MODELS[model]
+    norm = (meta(hidden), 1e-5)
+    with launch.recording() as recorded:
+        matmul.linear(meta(rows, hidden), meta(hidden, qkv), norm=norm)
+        matmul.linear(meta(rows, hidden), meta(hidden, hidden), residual=meta(rows, hidden))
+        matmul.gated(meta(rows, hidden), meta(hidden, 2 * ffn), norm)
+        matmul.linear(meta(rows, ffn), meta(ffn, hidden), residual=meta(rows, hidden))
+        matmul.linear(meta(rows, hidden), meta(VOCAB, hidden), transpose_w=True, dtype=F32)
+    for one in compile_all(recorded):
+        assert one.spill_bytes == 0, one
+        if one.name == "_linear_kernel":
+            # Weights travel in asynchronous 16-byte copies, asked for before the wait for the inputs.
+            assert "cp.async.cg.shared.global" in one.ptx
+            assert one.ptx.index("prefetch.global.L2") < one.ptx.index("griddepcontrol.wait")
+            assert one.ptx.index("griddepcontrol.wait") < one.ptx.index("cp.async.cg")

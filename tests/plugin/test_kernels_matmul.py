@@ -1,0 +1,100 @@
+"""Skinny matrix products against float64 torch, under the interpreter."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from smc_plugin.kernels import matmul as kernels
+from smc_plugin.kernels.matmul import Tactic
+
+EPS = 1e-5
+TACTICS = {
+    "default": None,
+    "split": Tactic(16, 32, 32, 3, 4, 3, fuse_norm=True),
+    "tall": Tactic(32, 16, 16, 1, 4, 3, fuse_norm=True),
+    "norm before": Tactic(16, 64, 64, 2, 4, 3, fuse_norm=False),
+}
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.double()
+    return weight.double() * wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + EPS)
+
+
+def assert_near(ours: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
+    assert ours.isfinite().all()
+    assert (ours.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def poisoned(x: Tensor) -> Tensor:
+    """x inside a larger tensor whose other rows and columns are NaN."""
+    wide = torch.full((x.shape[0] + 3, x.shape[1] + 16), float("nan"), dtype=x.dtype)
+    wide[: x.shape[0], : x.shape[1]] = x
+    return wide[: x.shape[0], : x.shape[1]]
+
+
+@pytest.mark.parametrize("tactic", TACTICS)
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 64, 32), (5, 96, 48), (18, 200, 66)])
+def test_linear_with_everything_around_it(tactic: str, rows: int, inner: int, columns: int) -> None:
+    x, weight, bias, residual = normal(rows, inner), normal(inner, columns), normal(columns), normal(rows, columns)
+    scale = normal(inner)
+    ours = kernels.linear(poisoned(x), weight, bias, (scale, EPS), residual, tactic=TACTICS[tactic])
+    assert_near(ours, norm(x, scale) @ weight.double() + bias.double() + residual.double())
+    plain = kernels.linear(poisoned(x), weight.t().contiguous(), transpose_w=True, tactic=TACTICS[tactic])
+    assert_near(plain, x.double() @ weight.double())
+
+
+@pytest.mark.parametrize("tactic", TACTICS)
+def test_gated(tactic: str) -> None:
+    x, weight, scale = normal(6, 96), normal(96, 100), normal(96)
+    gate, up = (norm(x, scale) @ weight.double()).chunk(2, dim=-1)
+    ours = kernels.gated(poisoned(x), weight, (scale, EPS), tactic=TACTICS[tactic])
+    assert_near(ours, functional.silu(gate) * up)
+    gate, up = (x.double() @ weight.double()).chunk(2, dim=-1)
+    assert_near(kernels.gated(x, weight, tactic=TACTICS[tactic]), functional.silu(gate) * up)
+
+
+def test_half_precision_accumulates_in_float32() -> None:
+    x, weight = normal(4, 256).half(), normal(256, 32).half()
+    ours = kernels.linear(x, weight, dtype=torch.float32)
+    assert ours.dtype == torch.float32
+    assert_near(ours, x.double() @ weight.double())
+    assert kernels.linear(x, weight).dtype == torch.float16
+
+
+def test_rms_norm() -> None:
+    x, scale = normal(5, 100), normal(100)
+    assert_near(kernels.rms_norm(poisoned(x), scale, EPS), norm(x, scale))
+
+
+def test_rows_do_not_notice_each_other() -> None:
+    x, weight, scale = normal(7, 64), normal(64, 32), normal(64)
+    broken = x.clone()
+    broken[3] = float("nan")
+    whole = kernels.linear(x, weight, norm=(scale, EPS))
+    ours = kernels.linear(broken, weight, norm=(scale, EPS))
+    rest = [0, 1, 2, 4, 5, 6]
+    assert torch.equal(ours[rest], whole[rest])
+    assert ours[3].isnan().all()
+
+
+def test_counters_are_zero_again_after_a_split_product() -> None:
+    x, weight = normal(4, 256), normal(256, 64)
+    tactic = Tactic(16, 32, 32, 4, 4, 3, fuse_norm=True)
+    first = kernels.linear(x, weight, tactic=tactic)
+    assert torch.equal(kernels.linear(x, weight, tactic=tactic), first)
+    assert not kernels.counters(x.device, 1).any()
+
+
+@pytest.mark.parametrize(("rows", "columns", "inner"), [(8, 2048, 2048), (72, 4096, 14336), (256, 128256, 4096)])
+def test_candidates_start_with_the_default_and_fit_a_multiprocessor(rows: int, columns: int, inner: int) -> None:
+    found = kernels.candidate_tactics(rows, columns, inner, gated=False, sms=132)
+    assert found[0] == kernels.default_tactic(rows, columns, inner, gated=False, sms=132)
+    assert len(set(found)) == len(found) > 5
+    for tactic in found:
+        assert kernels._tile_bytes(tactic.columns, tactic.inner, tactic.rows, False, tactic.num_stages) <= 200 * 1024

@@ -1,0 +1,193 @@
+"""Each model's contract, through the real server over gRPC."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from smc_engines.executor import Executor
+from smc_engines.sampling_params import SamplingParams
+from smc_engines.serving.triton_client import ServingError
+from tests.serving.service import STREAMING, Service, text
+
+TEXT_MODELS = ("ensemble", "tensorrt_llm_bls")
+
+
+@pytest.fixture(scope="module")
+def expected(service: Service) -> Any:
+    """What the executor itself answers, in process."""
+    executor = Executor.from_engine_dir(service.engine)
+
+    def answer(prompt: str | list[int], **params: Any) -> Any:
+        return executor.generate([prompt], SamplingParams(**params))[0]
+
+    return answer
+
+
+def test_stream_is_the_executors_own_answer(service: Service, expected: Any) -> None:
+    responses = list(service.stream("smc", {**STREAMING, "max_tokens": 40, "seed": 5}))
+    want = expected("hello", num_particles=1, num_draft_tokens=2, ignore_eos=True, max_tokens=40, seed=5)
+    assert len(responses) > 2
+    assert text(responses) == want.text
+    assert np.concatenate([r["output_ids"].ravel() for r in responses]).tolist() == list(want.token_ids)
+    last = responses[-1]
+    assert last["finish_reason"].ravel()[0] == b"length"
+    assert last["log_evidence"].item() == pytest.approx(want.info.log_evidence)
+    assert last["rounds"].item() == want.info.rounds
+    assert last["ess"].ravel().tolist() == pytest.approx(list(want.info.ess))
+    assert all("log_evidence" not in response for response in responses[:-1])
+
+
+@pytest.mark.parametrize("model", TEXT_MODELS)
+def test_text_models_echo_the_prompt_unless_excluded(service: Service, expected: Any, model: str) -> None:
+    want = expected("abc", max_tokens=6, seed=1).text
+    values = {"text_input": "abc", "max_tokens": 6, "seed": 1}
+    (echoed,) = service.stream(model, values)
+    (bare,) = service.stream(model, {**values, "exclude_input_in_output": True})
+    streamed = list(service.stream(model, {**values, "stream": True}))
+    assert text([echoed]) == "abc" + want
+    assert text([bare]) == want
+    assert text(streamed) == want
+
+
+@pytest.mark.parametrize("model", TEXT_MODELS)
+def test_text_models_report_what_is_asked(service: Service, model: str) -> None:
+    asked = ["return_log_probs", "return_num_input_tokens", "return_num_output_tokens", "return_perf_metrics"]
+    values = {"text_input": "abc", "max_tokens": 5, "seed": 1, "end_id": -1}
+    (plain,) = service.stream(model, values)
+    (full,) = service.stream(model, {**values, **dict.fromkeys(asked, True)})
+    assert set(plain) == {"text_output", "batch_index", "sequence_index"}
+    assert full["num_input_tokens"].item() == 3
+    assert full["num_output_tokens"].item() == 5
+    assert full["output_log_probs"].shape == (1, 1, 5)
+    assert full["cum_log_probs"].item() == pytest.approx(full["output_log_probs"].sum(), rel=1e-5)
+    times = [full[f"{name}_time_ns"].item() for name in ("arrival", "first_scheduled", "first_token", "last_token")]
+    assert times == sorted(times)
+
+
+def test_batches_and_sequences_keep_their_indices(service: Service) -> None:
+    values = {
+        "text_input": np.array([[b"a"], [b"b"]], object),
+        "max_tokens": np.array([[4], [6]], np.int32),
+        "num_return_sequences": np.full((2, 1), 2, np.int32),
+        "return_num_output_tokens": np.ones((2, 1), np.bool_),
+        "end_id": np.full((2, 1), -1, np.int32),
+        "seed": np.array([[1], [1]], np.uint64),
+    }
+    (together,) = service.stream("ensemble", values)
+    assert together["text_output"].shape == (2, 2)
+    assert together["sequence_index"].tolist() == [[0, 1], [0, 1]]
+    assert together["batch_index"].tolist() == [[0], [1]]
+    assert together["num_output_tokens"].tolist() == [[4, 4], [6, 6]]
+    pieces: dict[tuple[int, int], str] = {}
+    for response in service.stream("ensemble", {**values, "stream": np.ones((2, 1), np.bool_)}):
+        key = (response["batch_index"].item(), response["sequence_index"].item())
+        pieces[key] = pieces.get(key, "") + text([response])
+    prompts = ("a", "b")
+    got = {key: prompts[key[0]] + piece for key, piece in pieces.items()}
+    assert got == {(row, s): together["text_output"][row, s].decode() for row in range(2) for s in range(2)}
+
+
+def test_ids_model(service: Service, expected: Any) -> None:
+    want = list(expected([104, 105], max_tokens=5, seed=9, ignore_eos=True).token_ids)
+    values = {"input_ids": [104, 105, 0], "input_lengths": 2, "request_output_len": 5, "seed": 9, "end_id": -1}
+    (whole,) = service.stream("tensorrt_llm", values)
+    assert whole["output_ids"].tolist() == [[[104, 105, *want]]]
+    assert whole["sequence_length"].tolist() == [[7]]
+    streamed = list(service.stream("tensorrt_llm", {**values, "streaming": True}))
+    assert np.concatenate([r["output_ids"].ravel() for r in streamed]).tolist() == want
+
+
+def test_end_id_and_stop_words_end_the_answer(service: Service, expected: Any) -> None:
+    full = expected("hi", max_tokens=12, seed=3, ignore_eos=True)
+    stop = next(token for token in full.token_ids[2:] if token not in full.token_ids[:2])
+    cut = full.token_ids.index(stop) + 1
+    values = {"input_ids": [104, 105], "input_lengths": 2, "request_output_len": 12, "seed": 3}
+    values |= {"exclude_input_in_output": True}
+    (by_end_id,) = service.stream("tensorrt_llm", {**values, "end_id": stop})
+    words = np.array([[[stop], [1]]], np.int32)
+    (by_word,) = service.stream("tensorrt_llm", {**values, "end_id": -1, "stop_words_list": words})
+    for response in (by_end_id, by_word):
+        assert response["output_ids"].ravel()[-1] == stop
+        assert response["output_ids"].size <= cut or cut > 12
+
+
+def test_stop_string_is_named_and_left_out(service: Service) -> None:
+    values = {**STREAMING, "max_tokens": 60, "seed": 2}
+    full = text(list(service.stream("smc", values)))
+    stop = next(character for character in full[3:] if character not in full[:3] and character != "\ufffd")
+    responses = list(service.stream("smc", {**values, "sampling_param_stop": [stop]}))
+    assert stop not in text(responses)
+    assert responses[-1]["finish_reason"].item() == b"stop"
+    assert responses[-1]["stop_reason"].item().decode() == stop
+
+
+def test_chat_messages_use_the_engines_template(service: Service, expected: Any) -> None:
+    messages = json.dumps([{"role": "user", "content": "hi"}])
+    (response,) = service.stream("smc", {"messages": messages, "max_tokens": 4, "seed": 1})
+    prompt = [256, 258, *b"hi", 259]  # <|bos|><|user|>hi<|assistant|>
+    assert response["num_input_tokens"].item() == len(prompt)
+    assert text([response]) == expected(prompt, max_tokens=4, seed=1).text
+
+
+def test_modes_and_particles(service: Service) -> None:
+    values = {"text_input": "hello", "max_tokens": 12, "seed": 4, "ignore_eos": True}
+    (smc,) = service.stream("smc", {**values, "num_particles": 4, "return_particles": True})
+    assert smc["particles"].shape == smc["particle_log_weights"].shape == (1, 1, 4)
+    assert "acceptance_rate" not in smc
+    assert text([smc]).encode() in smc["particles"].ravel()
+    (exact,) = service.stream("smc", {**values, "mode": "speculative"})
+    assert 0 <= exact["acceptance_rate"].item() <= 1
+    assert exact["total_accepted_draft_tokens"].item() <= exact["total_draft_tokens"].item()
+    (target,) = service.stream("smc", {**values, "mode": "target"})
+    assert target["rounds"].item() >= 11
+
+
+def test_a_client_that_leaves_frees_its_pages(service: Service) -> None:
+    before = service.status()["cancelled"]
+    stream = service.stream("smc", {**STREAMING, "max_tokens": 450})
+    next(stream)
+    stream.close()
+    service.idle()
+    assert service.status()["cancelled"] == before + 1
+
+
+@pytest.mark.parametrize("model", ["smc", "tensorrt_llm"])
+def test_stop_request_ends_the_request_with_its_id(service: Service, model: str) -> None:
+    if model == "smc":
+        values, stop = {**STREAMING, "max_tokens": 450}, {"stop": True}
+    else:
+        values = {"input_ids": [1], "input_lengths": 1, "request_output_len": 450, "end_id": -1}
+        stop = {"input_ids": [0], "input_lengths": 0, "request_output_len": 0, "stop": True}
+    got: list[dict[str, np.ndarray]] = []
+    thread = threading.Thread(target=lambda: got.extend(service.stream(model, values, request_id=f"stop-{model}")))
+    thread.start()
+    service.wait(lambda: any(view.get("tag") == f"stop-{model}" for view in service.status()["live"]), 20, "it runs")
+    assert list(service.stream(model, stop, request_id=f"stop-{model}")) == []
+    thread.join(30)
+    assert not thread.is_alive()
+    if model == "smc":
+        assert got[-1]["finish_reason"].item() == b"cancelled"
+    service.idle()
+
+
+def test_deadline_ends_a_request(service: Service) -> None:
+    with pytest.raises(ServingError, match="deadline passed, expected an end within 150 ms") as caught:
+        list(service.stream("smc", {**STREAMING, "max_tokens": 480, "timeout_ms": 150}))
+    assert caught.value.status == "DEADLINE_EXCEEDED"
+    values = {"text_input": "a", "max_tokens": 480, "end_id": -1}
+    with pytest.raises(ServingError, match="deadline passed"):
+        list(service.stream("ensemble", values, parameters={"smc_timeout_ms": 150}))
+    service.idle()
+
+
+def test_plain_clients_get_the_message(service: Service) -> None:
+    """A client that knows nothing of error outputs gets what the server makes of the adapter's error."""
+    values = {"text_input": "hi", "max_tokens": 0}
+    with pytest.raises(ServingError, match="max_tokens must be in") as caught:
+        list(service.stream("ensemble", values, parameters={"smc_error_outputs": False}))
+    assert caught.value.status == "UNKNOWN"

@@ -1,0 +1,161 @@
+"""The HTTP endpoint, the metrics and the OpenAI-compatible front, with the clients that people use."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.request
+from typing import Any
+
+import pytest
+
+from tests.serving.service import Service, minimal
+
+openai = pytest.importorskip("openai", reason="needs requirements/serve-test.txt: run make serve-env")
+
+
+@pytest.mark.parametrize("model", ["smc", "ensemble", "tensorrt_llm_bls", "tensorrt_llm"])
+def test_generate(service: Service, model: str) -> None:
+    status, body = service.post(f"/v2/models/{model}/generate", minimal(model))
+    assert status == 200
+    assert json.loads(body)["text_output" if model != "tensorrt_llm" else "output_ids"]
+
+
+def test_generate_stream_is_the_whole_answer_in_pieces(service: Service) -> None:
+    values = {"text_input": "hello", "max_tokens": 30, "seed": 5, "num_particles": 1, "ignore_eos": True}
+    _, whole = service.post("/v2/models/smc/generate", values)
+    status, events = service.post("/v2/models/smc/generate_stream", {**values, "stream": True})
+    pieces = [json.loads(line[6:]) for line in events.decode().splitlines() if line.startswith("data: ")]
+    assert status == 200
+    assert len(pieces) > 1
+    assert "".join(piece["text_output"] for piece in pieces) == json.loads(whole)["text_output"]
+
+
+def test_http_errors(service: Service) -> None:
+    status, body = service.post("/v2/models/ensemble/generate", {"text_input": "a", "max_tokens": 0})
+    assert status == 400
+    assert "max_tokens must be in" in json.loads(body)["error"]
+    status, body = service.post("/v2/models/smc/generate_stream", {"text_input": "", "max_tokens": 2, "stream": True})
+    assert status == 400
+    assert b"prompt is empty" in body
+    status, _ = service.post("/v2/models/made_up/generate", {})
+    assert status == 404
+
+
+def test_metrics_follow_the_work(service: Service) -> None:
+    def metrics() -> dict[str, float]:
+        with urllib.request.urlopen(service.url("metrics", "/metrics"), timeout=20) as answer:
+            lines = answer.read().decode().splitlines()
+        return {
+            name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[:1] not in ("#", ""))
+        }
+
+    before = metrics()
+    (response,) = service.stream("smc", {"text_input": "hello", "max_tokens": 7, "ignore_eos": True})
+    tokens = 'nv_llm_output_token_len_sum{model="smc",version="1"}'
+    assert metrics()[tokens] == before[tokens] + 7
+    rounds = 'smc_rounds_total{model="smc"}'
+    service.wait(lambda: metrics()[rounds] >= before[rounds] + response["rounds"].item(), 10, "rounds are reported")
+    free, most = (
+        f'nv_trt_llm_kv_cache_block_metrics{{kv_cache_block_type="{kind}",model="smc",version="1"}}'
+        for kind in ("free", "max")
+    )
+    assert 0 < metrics()[free] <= metrics()[most]
+    kinds = {re.split("[{]", name)[0] for name in before}
+    expected = {
+        "nv_trt_llm_request_metrics",
+        "nv_trt_llm_inflight_batcher_metrics",
+        "smc_ess_mean",
+        "smc_tokens_per_second",
+    }
+    assert expected <= kinds
+
+
+@pytest.fixture(scope="module")
+def client(service: Service) -> Any:
+    """The openai package's client, without its retries."""
+    return openai.OpenAI(base_url=service.url("openai", "/v1"), api_key="none", max_retries=0)
+
+
+def test_openai_models(client: Any) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_openai_completion_is_the_grpc_answer(service: Service, client: Any) -> None:
+    extra = {"num_particles": 3, "ignore_eos": True}
+    answer = client.completions.create(
+        model="tiny", prompt="hello", max_tokens=8, n=2, seed=5, logprobs=0, echo=True, extra_body=extra
+    )
+    values = {"text_input": "hello", "max_tokens": 8, "seed": 5, "n": 2, **extra}
+    (grpc,) = service.stream("smc", values)
+    texts = ["hello" + text.decode() for text in grpc["text_output"].ravel()]
+    assert [choice.text for choice in answer.choices] == texts
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 16)
+    assert len(answer.choices[0].logprobs.tokens) == len(answer.choices[0].logprobs.token_logprobs) == 8
+    assert answer.choices[1].smc["seed"] == 6
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_openai_chat_streams_what_it_answers_whole(client: Any) -> None:
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 30, "seed": 1}
+    extra = {"num_particles": 1, "ignore_eos": True}
+    whole = client.chat.completions.create(**asked, logprobs=True, extra_body=extra)
+    stream = list(
+        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}, extra_body=extra)
+    )
+    pieces = [chunk.choices[0] for chunk in stream if chunk.choices]
+    assert len(pieces) > 2
+    assert "".join(piece.delta.content for piece in pieces) == whole.choices[0].message.content
+    assert pieces[0].delta.role == "assistant"
+    assert pieces[-1].finish_reason == whole.choices[0].finish_reason == "length"
+    assert stream[-1].usage == whole.usage
+    assert len(whole.choices[0].logprobs.content) == 30
+
+
+def test_openai_several_prompts_and_token_ids(client: Any) -> None:
+    texts = client.completions.create(model="tiny", prompt=["a", "b"], max_tokens=4, seed=1)
+    ids = client.completions.create(model="tiny", prompt=[[97], [98]], max_tokens=4, seed=1)
+    assert [choice.index for choice in texts.choices] == [0, 1]
+    assert [choice.text for choice in texts.choices] == [choice.text for choice in ids.choices]
+
+
+def test_openai_stop(client: Any) -> None:
+    asked = {"model": "tiny", "prompt": "hello", "max_tokens": 60, "seed": 2, "extra_body": {"num_particles": 1}}
+    full = client.completions.create(**asked).choices[0].text
+    stop = next(character for character in full[2:] if character != "\ufffd" and character not in full[:2])
+    cut = client.completions.create(**asked, stop=stop).choices[0]
+    assert cut.finish_reason == "stop"
+    assert stop not in cut.text
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "message"),
+    [
+        ({"model": "other"}, 404, "'other' is not served"),
+        ({"presence_penalty": 1.0}, 400, "presence_penalty is not served"),
+        ({"logit_bias": {"5": 1.0}}, 400, "logit_bias is not served"),
+        ({"logprobs": 5}, 400, "logprobs is not served"),
+        ({"suffix": "x"}, 400, "suffix is not served"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"max_tokens": 100000}, 400, "together at most 512"),
+        ({"extra_body": {"num_particle": 2}}, 400, "num_particle"),
+        ({"extra_body": {"num_particles": 99}}, 400, "built for at most 8"),
+        ({"max_tokens": 480, "extra_body": {"timeout_ms": 100, "ignore_eos": True}}, 504, "deadline passed"),
+        ({"stream": True, "max_tokens": 100000}, 400, "together at most 512"),
+    ],
+)
+def test_openai_errors(client: Any, change: dict[str, Any], status: int, message: str) -> None:
+    with pytest.raises(openai.APIStatusError, match=message) as caught:
+        client.completions.create(**{"model": "tiny", "prompt": "x", "max_tokens": 2, **change})
+    assert caught.value.status_code == status
+
+
+def test_openai_client_that_hangs_up_frees_its_pages(service: Service, client: Any) -> None:
+    before = service.status()["cancelled"]
+    stream = client.completions.create(
+        model="tiny", prompt="hello", max_tokens=480, stream=True, extra_body={"num_particles": 1, "ignore_eos": True}
+    )
+    next(iter(stream))
+    stream.close()
+    service.idle()
+    assert service.status()["cancelled"] == before + 1

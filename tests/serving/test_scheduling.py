@@ -1,0 +1,107 @@
+"""Under load: a bounded queue, priorities, slow readers, and 64 clients at once."""
+
+from __future__ import annotations
+
+import collections
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from smc_engines.serving.triton_client import ServingError
+from tests.serving.service import STREAMING, Service, text
+
+
+@pytest.fixture(scope="module")
+def narrow(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service that runs one request at a time and lets two wait."""
+    running = Service(engine, tmp_path_factory.mktemp("narrow"), "--max-groups", "1", "--max-queue", "2")
+    yield running
+    assert running.stop() == 0
+
+
+def in_thread(service: Service, values: dict[str, Any], request_id: str, done: list[str]) -> threading.Thread:
+    def run() -> None:
+        list(service.stream("smc", values, request_id=request_id))
+        done.append(request_id)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def test_queue_refuses_at_once_and_priorities_go_first(narrow: Service) -> None:
+    done: list[str] = []
+    running = in_thread(narrow, {**STREAMING, "max_tokens": 480, "num_particles": 8}, "long", done)
+    narrow.wait(lambda: narrow.status()["running"] == 1, 20, "the first request runs")
+    waiting = []
+    for priority in (0, -1):
+        values = {**STREAMING, "max_tokens": 2, "priority": priority}
+        waiting.append(in_thread(narrow, values, f"priority {priority}", done))
+        narrow.wait(lambda: narrow.status()["waiting"] == len(waiting), 20, "it waits")
+    with pytest.raises(ServingError, match="the queue is full, 2 requests wait and at most 2 may") as caught:
+        list(narrow.stream("smc", {"text_input": "a", "max_tokens": 1}))
+    assert caught.value.status == "UNAVAILABLE"
+    assert done == []
+    for thread in (running, *waiting):
+        thread.join(60)
+    assert done == ["long", "priority -1", "priority 0"]
+    narrow.idle()
+
+
+def test_slow_reader_holds_up_nobody(service: Service) -> None:
+    values = {**STREAMING, "max_tokens": 400, "seed": 1}
+    want = text(list(service.stream("smc", values)))
+    slow = service.stream("smc", values)
+    pieces = [next(slow)]
+    others = [list(service.stream("smc", {"text_input": "quick", "max_tokens": 8})) for _ in range(3)]
+    assert all(len(responses) == 1 for responses in others)
+    for response in slow:
+        pieces.append(response)
+        time.sleep(0.01)
+    assert text(pieces) == want
+    service.idle()
+
+
+def test_many_streaming_clients(service: Service) -> None:
+    """64 clients for 20 s, a tenth of the requests given up midway: no error, no answer out of order, no page lost."""
+    answers: dict[int, str] = {}
+    for seed in range(4):
+        answers[seed] = text(list(service.stream("smc", {**STREAMING, "max_tokens": 24, "seed": seed})))
+    counts: collections.Counter[str] = collections.Counter()
+    problems: list[str] = []
+    end = time.monotonic() + 20
+
+    def client(number: int) -> None:
+        draw = random.Random(number)
+        while time.monotonic() < end:
+            seed, gives_up = draw.randrange(4), draw.random() < 0.1
+            pieces: list[dict[str, np.ndarray]] = []
+            try:
+                for response in service.stream(
+                    "smc", {**STREAMING, "max_tokens": 24, "seed": seed}, request_id=f"c{number}"
+                ):
+                    pieces.append(response)
+                    if gives_up:
+                        break
+            except ServingError as error:
+                problems.append(f"{error.status}: {error}")
+                return
+            counts["given up" if gives_up else "whole"] += 1
+            if not gives_up and text(pieces) != answers[seed]:
+                problems.append(f"seed {seed}: got {text(pieces)!r}, expected {answers[seed]!r}")
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert problems == []
+    assert counts["whole"] >= 64
+    assert counts["given up"] >= 1
+    service.idle()

@@ -1,0 +1,45 @@
+"""The status page in a real browser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.serving.service import Service
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_page_shows_live_requests(service: Service, tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def keep_busy() -> None:
+        values = {"text_input": "hello", "max_tokens": 450, "stream": True, "num_particles": 4, "ignore_eos": True}
+        while not stop.is_set():
+            for _ in service.stream("smc", values, request_id="seen-on-the-page"):
+                if stop.is_set():
+                    break
+
+    worker = threading.Thread(target=keep_busy)
+    worker.start()
+    try:
+        service.wait(lambda: any(view["particles"] for view in service.status()["live"]), 20, "a request decodes")
+        assert CHROMIUM is not None
+        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+        command += ["--virtual-time-budget=2500", "--dump-dom", service.url("status", "/")]
+        page = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    finally:
+        stop.set()
+        worker.join(30)
+    assert int(re.search(r'data-reports="(\d+)"', page).group(1)) >= 1  # type: ignore[union-attr]
+    assert "seen-on-the-page" in page
+    assert page.count('class="particle"') >= 4
+    assert re.search(r"ESS \d+\.\d\d of 4", page)
+    assert "KV pages in use" in page
+    service.idle()
