@@ -28,6 +28,7 @@ from smc_plugin.errors import NumericalError, QueueFullError, RequestError, SmcE
 
 REPORT_S = 1.0
 IDLE_POLL_MS = 200
+GOODBYE_S = 5.0
 PROBE_PRIORITY = -(2**40)
 MAX_LOST = 64
 
@@ -71,6 +72,7 @@ class ExecutorService:
         self._outbox = Outbox(socket)
         self._name, self._show_text, self._drain_s = name, show_text, drain_s
         self._clients: dict[bytes, _Client] = {}
+        self._parted: set[bytes] = set()
         self._lost: dict[int, int] = {}
         self._served: dict[str, _Served] = {}
         self._waiting_probes: list[tuple[bytes, str]] = []
@@ -91,6 +93,19 @@ class ExecutorService:
         """Serve until a drain is done."""
         while not self._drained():
             self.turn()
+        self._part()
+
+    def _part(self) -> None:
+        """Wait until every client has read its last message: a client drops what it has not read when we hang up."""
+        unread = {identity for identity, client in self._clients.items() if client.pid}
+        for identity in unread:
+            self._outbox.put(identity, {"op": "goodbye"})
+        limit = time.monotonic() + GOODBYE_S
+        while time.monotonic() < limit:
+            self._flush()
+            if not unread & self._clients.keys() - self._parted:
+                break
+            self._receive(IDLE_POLL_MS)
 
     def turn(self) -> None:
         """One turn: commands, deadlines, a step, messages."""
@@ -195,6 +210,9 @@ class ExecutorService:
     def _on_stats(self, identity: bytes, message: dict[str, Any]) -> None:
         detail = {"live": self._requests()} if message.get("detail") else {}
         self._outbox.put(identity, {"op": "stats", **self._stats(), **detail})
+
+    def _on_goodbye(self, identity: bytes, message: dict[str, Any]) -> None:
+        self._parted.add(identity)
 
     def _on_drain(self, identity: bytes, message: dict[str, Any]) -> None:
         self.drain()

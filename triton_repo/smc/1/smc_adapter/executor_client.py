@@ -106,7 +106,10 @@ class ExecutorClient:
                 frame = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._on_message(protocol.decode(frame))
+            message = protocol.decode(frame)
+            self._on_message(message)
+            if message["op"] == "goodbye":  # everything before it was read: the executor may leave
+                self._transmit(protocol.encode("goodbye"))
 
     def _send_commands(self) -> None:
         with contextlib.suppress(BlockingIOError):

@@ -2,15 +2,15 @@
 
 An adapter (DEALER) and the executor (ROUTER) exchange objects with a version `v` and an operation `op`:
 
-    adapter  -> executor   hello, submit, cancel, probe, stats, drain
-    executor -> adapter    hello, output, probed, stats, draining
+    adapter  -> executor   hello, submit, cancel, probe, stats, drain, goodbye
+    executor -> adapter    hello, output, probed, stats, draining, goodbye
 
     >>> decode(encode("cancel", id="smc-71-1"))
     {'v': 1, 'op': 'cancel', 'id': 'smc-71-1'}
 
 `output` carries what is new for one request (token ids, text), and with the last one a finish reason, and figures or an
 error. Several outputs of one request may be merged into one (`merge`), so that a receiver that falls behind holds at most
-one answer for each request.
+one answer for each request. A draining executor says `goodbye` last and leaves once each adapter has said it back.
 """
 
 from __future__ import annotations
