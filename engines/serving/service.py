@@ -96,14 +96,14 @@ class ExecutorService:
         self._part()
 
     def _part(self) -> None:
-        """Wait until every client has read its last message: a client drops what it has not read when we hang up."""
+        """Wait until every client has said that it read its last message, so that none sees the line end before its answer."""
         unread = {identity for identity, client in self._clients.items() if client.pid}
         for identity in unread:
             self._outbox.put(identity, {"op": "goodbye"})
         limit = time.monotonic() + GOODBYE_S
         while time.monotonic() < limit:
             self._flush()
-            if not unread & self._clients.keys() - self._parted:
+            if not (unread & self._clients.keys()) - self._parted:  # those that are still there and have not answered
                 break
             self._receive(IDLE_POLL_MS)
 
