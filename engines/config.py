@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 import torch
 
+from smc_plugin.backend import KernelChoice
 from smc_plugin.errors import ConfigError
 
 DraftSchedule = Literal["deferred", "legacy"]
@@ -32,6 +33,8 @@ class ExecutorConfig:
             `legacy` spends an extra pass (K + 1). Same distribution.
         prefix_cache: keep full prompt pages for later prompts with the same beginning.
         overlap: start the next round before reading the last one's summary; None does so on a GPU only. Same answers.
+        kernels: `auto` (Triton's on CUDA, the torch reference elsewhere), `reference` or `triton`; on a CPU Triton's
+            kernels need its interpreter (TRITON_INTERPRET=1).
         verify: check every hash of the engine directory on load.
     """
 
@@ -44,6 +47,7 @@ class ExecutorConfig:
     draft_schedule: DraftSchedule = "deferred"
     prefix_cache: bool = True
     overlap: bool | None = None
+    kernels: KernelChoice = "auto"
     verify: bool = True
 
     def __post_init__(self) -> None:
@@ -55,6 +59,8 @@ class ExecutorConfig:
             raise ConfigError(f"num_pages must be at least 2, got {self.num_pages}: raise it or leave it out")
         if not 0 < self.kv_memory_fraction <= 1:
             raise ConfigError(f"kv_memory_fraction must be in (0, 1], got {self.kv_memory_fraction}: choose a fraction")
+        if self.kernels not in get_args(KernelChoice):
+            raise ConfigError(f"kernels must be auto, reference or triton, got {self.kernels!r}: choose one")
         if self.draft_schedule not in get_args(DraftSchedule):
             raise ConfigError(f"draft_schedule must be deferred or legacy, got {self.draft_schedule!r}: choose one")
 

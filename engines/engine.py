@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,15 @@ from smc_build.model_config import ModelConfig
 from smc_engines.config import ExecutorConfig, free_memory_bytes
 from smc_engines.kv_cache import total_blocks, worst_case_pages
 from smc_engines.model import PagedModel
+from smc_engines.regions import RegionRunner
 from smc_engines.rounds import RoundKind
 from smc_engines.sampling_params import SamplingParams
 from smc_engines.state import MAX_EOS_IDS
 from smc_engines.text import Tokenizer
+from smc_plugin.backend import kernels_for
 from smc_plugin.errors import EngineDirError, RequestError
+
+RegionSource = Callable[[Role, dict[str, Tensor]], RegionRunner]
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,16 @@ class Engine:
         manifest: what the models are and what requests may ask.
         weights: gives a model's canonical weights on a device.
         tokenizer: None serves token ids only.
+        regions: gives the runner of a model's regions, from its role and weights; None takes torch.
     """
 
     def __init__(
-        self, manifest: Manifest, weights: WeightSource, tokenizer: Tokenizer | None, config: ExecutorConfig
+        self,
+        manifest: Manifest,
+        weights: WeightSource,
+        tokenizer: Tokenizer | None,
+        config: ExecutorConfig,
+        regions: RegionSource | None = None,
     ) -> None:
         self.manifest = manifest
         self.path = Path(manifest.name)
@@ -97,8 +107,12 @@ class Engine:
         self.page_size = manifest.page_size
         self.num_pages = self._size_pool([model for model in (target, draft) if model is not None])
 
+        kernels = kernels_for(self.device, config.kernels)
+
         def model(role: Role, model_config: ModelConfig) -> PagedModel:
-            return PagedModel(model_config, weights(role, self.device), self.num_pages, self.page_size)
+            own = weights(role, self.device)
+            chosen = None if regions is None else regions(role, own)
+            return PagedModel(model_config, own, self.num_pages, self.page_size, chosen, kernels)
 
         self.target = model("target", target)
         self.draft = model("draft", draft) if draft is not None else None

@@ -7,13 +7,15 @@ pass is B = G * N with Q = 1 or 2; a score pass is B = G * N with Q = K + 1.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from smc_build.model_config import ModelConfig
 from smc_engines.regions import RegionRunner, TorchRegions
-from smc_plugin.reference import attention, pages
+from smc_plugin.backend import Kernels, kernels_for
 
 
 class PagedModel:
@@ -24,6 +26,7 @@ class PagedModel:
         weights: canonical names (smc_build.weights) to tensors, all on one device and of one dtype.
         num_pages, page_size: of the KV cache, which takes num_pages * page_size * config.kv_bytes_per_token bytes.
         regions: who computes what lies between attention calls; None takes torch.
+        kernels: who computes attention and copies pages; None takes those of the weights' device.
     """
 
     def __init__(
@@ -33,11 +36,13 @@ class PagedModel:
         num_pages: int,
         page_size: int,
         regions: RegionRunner | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         self.config = config
         self.page_size = page_size
         self._weights = weights
         self._embedding = weights["embed"]
+        self.kernels = kernels or kernels_for(self._embedding.device)
         self._regions = regions or TorchRegions(config, weights)
         self._inv_freq = config.inv_freq().to(self._embedding.device)
         # Attention never reads a position that nothing wrote, so the pages need no first value (and no memory yet).
@@ -61,7 +66,7 @@ class PagedModel:
         Returns:
             [B, Q, hidden] after the final norm.
         """
-        context = attention.make_context(
+        context = self.kernels.attention.make_context(
             start, tokens.shape[1], block_table, self.page_size, self._inv_freq, max_context
         )
         residual = functional.embedding(tokens.reshape(-1), self._embedding)
@@ -73,8 +78,8 @@ class PagedModel:
         out = self._run("exit", attn=self._attend(last, qkv, context), residual=residual)
         return out["hidden"].view(*tokens.shape, -1)
 
-    def _attend(self, layer: int, qkv: Tensor, context: attention.AttentionContext) -> Tensor:
-        query = attention.rope_and_write(
+    def _attend(self, layer: int, qkv: Tensor, context: Any) -> Tensor:
+        return self.kernels.attention.attend(
             qkv,
             self.cache[layer],
             context,
@@ -83,7 +88,6 @@ class PagedModel:
             self._weights.get(f"layers.{layer}.k_norm"),
             self.config.rms_eps,
         )
-        return attention.paged_attention(query, self.cache[layer], context)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the head: [..., hidden] to [..., V] float32."""
@@ -92,4 +96,4 @@ class PagedModel:
 
     def copy_pages(self, source: Tensor, destination: Tensor) -> None:
         """Copy whole pages in every layer (see pages.copy_pages)."""
-        pages.copy_pages(self.cache, source, destination)
+        self.kernels.pages.copy_pages(self.cache, source, destination)

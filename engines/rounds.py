@@ -19,7 +19,8 @@ from torch import Tensor
 from smc_engines.config import DraftSchedule
 from smc_engines.model import PagedModel
 from smc_engines.state import END_LENGTH, END_NONE, END_STOP, STOP_MATCH, GroupState
-from smc_plugin.reference import pages, random, resample, sampling, weights
+from smc_plugin.backend import Kernels
+from smc_plugin.reference import random
 
 
 @dataclass(frozen=True)
@@ -98,19 +99,31 @@ class RoundSummary:
 
 @dataclass(frozen=True)
 class Draft:
-    """Proposed tokens [G, N, K], their log q, scaled draft logits [G, N, K, V], and whether each row was usable."""
+    """What the draft proposes.
+
+    Args:
+        tokens: [G, N, K]. log_q: [G, N, K] float32.
+        usable: [G, N, K] bool, whether the row that each token was drawn from was finite.
+        scaled: [G, N, K, V] draft logits after temperature and filters; speculative mode only, else None.
+    """
 
     tokens: Tensor
     log_q: Tensor
-    scaled: Tensor
     usable: Tensor
+    scaled: Tensor | None
 
 
 @dataclass(frozen=True)
 class Score:
-    """Scaled target logits [G, N, K + 1, V], log p of the draft tokens [G, N, K], log-sum-exp [G, N, K + 1]."""
+    """What the target says about [frontier, d1..dK].
 
-    scaled: Tensor
+    Args:
+        logits: [G * N * (K + 1), V]. temperature: [G * N * (K + 1)], or None where the logits are scaled already.
+        log_p: [G, N, K] float32 of the draft tokens. lse: [G, N, K + 1] float32.
+    """
+
+    logits: Tensor
+    temperature: Tensor | None
     log_p: Tensor
     lse: Tensor
 
@@ -147,6 +160,11 @@ class RoundContext:
     ref_count: Tensor
     stop_tables: Tensor | None
     max_context: int
+
+    @property
+    def kernels(self) -> Kernels:
+        """What computes everything outside the regions."""
+        return self.target.kernels
 
 
 def run_round(context: RoundContext, state: GroupState, slots: Tensor) -> RoundSummary:
@@ -199,15 +217,19 @@ def begin(
         last_token: [1] int64, the prompt's last token.
         logits: [1, V] of the target after the prompt.
     """
-    kind = context.kind
+    kind, sampling = context.kind, context.kernels.sampling
     group = state.gather(slot, kind.num_particles)
     shared = (prompt_end - 1) // context.target.page_size
-    others = group.block_table[:, 1:]
-    exhausted = pages.reserve(context.ref_count, others, shared, shared + 1, 1)
-    ancestors = torch.zeros_like(group.frontier)
-    _fork_pages(context, group.block_table, ancestors, shared)
+    exhausted = torch.zeros((), dtype=torch.bool, device=slot.device)
+    if kind.num_particles > 1:
+        table = group.block_table.clone()
+        exhausted = context.kernels.pages.reserve(context.ref_count, table[:, 1:], shared, shared + 1, 1)
+        _fork_pages(context, table, torch.zeros_like(group.frontier), shared)
+        group = replace(group, block_table=table)
 
-    scaled = _shape(context, group, sampling.scale(logits, group.temperature), torch.zeros_like(group.generated))
+    none = torch.zeros_like(group.generated)
+    logits, temperature = _shape(context, group, logits, group.temperature, none)
+    scaled = logits.to(torch.float32) if temperature is None else sampling.scale(logits, temperature)
     lse = scaled.logsumexp(dim=-1)
     zero = torch.zeros_like(group.seed)
     u = random.uniform(group.seed, zero, zero, zero + random.PURPOSE_FIRST)
@@ -232,7 +254,7 @@ def begin(
     group = _close_finished(group)
     state.scatter(slot, group)
     no = torch.zeros_like(group.failed)
-    ess = weights.effective_sample_size(group.log_weights)
+    ess = context.kernels.weights.effective_sample_size(group.log_weights)
     settled, history = settled_tokens(group)
     return RoundSummary(
         *(group.generated, group.position, settled, zero, ~group.active, group.failed, no, no, ess),
@@ -247,73 +269,90 @@ def _reserve_pages(context: RoundContext, group: GroupState) -> tuple[GroupState
     page_size, k = context.target.page_size, context.kind.num_draft_tokens
     needed = torch.where(group.active, (group.position + k) // page_size + 1, group.num_blocks)
     table = group.block_table.clone()
-    exhausted = pages.reserve(context.ref_count, table, group.num_blocks, needed, k // page_size + 2)
+    exhausted = context.kernels.pages.reserve(context.ref_count, table, group.num_blocks, needed, k // page_size + 2)
     return replace(group, block_table=table, num_blocks=torch.maximum(group.num_blocks, needed)), exhausted
 
 
-def _shape(context: RoundContext, group: GroupState, scaled: Tensor, index: Tensor) -> Tensor:
-    """Apply the requests' filters to scaled logits; index counts the tokens generated before each row.
+def _shape(
+    context: RoundContext, group: GroupState, logits: Tensor, temperature: Tensor, index: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Apply the requests' filters, where this kind of round has any.
 
     Args:
-        scaled: [G * m, V] in group-major order; index: [G * m] or [G].
+        logits: [G * m, V] in group-major order; temperature, index: [G * m], index counts the tokens generated before
+            each row.
+    Returns:
+        logits and the temperature still to divide by: what came in, or scaled and filtered logits and None.
     """
     if not context.kind.filtered:
-        return scaled
-    repeats = scaled.shape[0] // group.top_k.shape[0]
+        return logits, temperature
+    repeats, sampling = logits.shape[0] // group.top_k.shape[0], context.kernels.sampling
 
     def rows(values: Tensor) -> Tensor:
-        return values.repeat_interleave(repeats, dim=0, output_size=scaled.shape[0])
+        return _per_row(values, repeats)
 
+    scaled = sampling.scale(logits, temperature)
     scaled = sampling.ban_tokens(scaled, rows(group.stop_ids), index < rows(group.min_tokens))
-    return sampling.apply_filters(scaled, rows(group.top_k), rows(group.top_p), rows(group.min_p))
+    return sampling.apply_filters(scaled, rows(group.top_k), rows(group.top_p), rows(group.min_p)), None
 
 
-def _names(group: GroupState, purpose: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Names of one draw per particle, each [G * N]: seed, step, lane, purpose (see random)."""
-    num_particles = group.frontier.shape[1]
-    seed = group.seed[:, None].expand_as(group.frontier).reshape(-1)
-    step = (group.round_number[:, None] + 1).expand_as(group.frontier).reshape(-1)
-    lane = torch.arange(num_particles, device=seed.device).expand_as(group.frontier).reshape(-1)
-    return seed, step, lane, torch.full_like(seed, purpose)
+def _per_row(values: Tensor, repeats: int) -> Tensor:
+    """[G, ...] to [G * repeats, ...], each group's value `repeats` times in a row."""
+    return values[:, None].expand(-1, repeats, *values.shape[1:]).reshape(-1, *values.shape[1:])
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Names of this round's draws, [G * N] int64 each: one draw per particle and purpose (see random)."""
+
+    seed: Tensor
+    step: Tensor
+    lane: Tensor
+
+    @classmethod
+    def of(cls, group: GroupState) -> _Names:
+        num_particles = group.frontier.shape[1]
+        lane = torch.arange(num_particles, device=group.seed.device).expand_as(group.frontier).reshape(-1)
+        return cls(_per_row(group.seed, num_particles), _per_row(group.round_number + 1, num_particles), lane)
+
+    def draw(self, purpose: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Seed, step, lane, purpose of one draw a particle."""
+        return self.seed, self.step, self.lane, torch.full_like(self.seed, purpose)
 
 
 def _propose(context: RoundContext, group: GroupState) -> Draft:
     """Draw K tokens a particle from the draft, in K passes (one more in the legacy schedule)."""
     groups, particles = group.frontier.shape
-    k, draft = context.kind.num_draft_tokens, context.draft
+    k, draft, sampling = context.kind.num_draft_tokens, context.draft, context.kernels.sampling
     if k == 0 or draft is None:
         empty = group.log_weights.new_zeros((groups, particles, 0), dtype=torch.float32)
-        return Draft(empty.long(), empty, empty[..., None], torch.ones_like(group.finished))
+        return Draft(empty.long(), empty, empty > 0, empty[..., None])
     table = group.block_table.flatten(0, 1)
-    position = group.position.repeat_interleave(particles, output_size=groups * particles)
-    temperature = group.draft_temperature.repeat_interleave(particles, output_size=groups * particles)
+    position = _per_row(group.position, particles)
+    temperature = _per_row(group.draft_temperature, particles)
     frontier = group.frontier.reshape(-1, 1)
     if context.kind.draft_schedule == "deferred":
         inputs, start = torch.cat([group.previous.reshape(-1, 1), frontier], dim=1), position - 1
     else:
         inputs, start = frontier, position
-    generated = group.generated.repeat_interleave(particles, output_size=groups * particles)
-    tokens, log_q, kept, usable = [], [], [], []
+    generated, names = _per_row(group.generated, particles), _Names.of(group)
+    drawn, kept = [], []
     for step in range(k):
         hidden = draft.forward(inputs, start, table, context.max_context)
-        scaled = sampling.scale(draft.logits(hidden[:, -1]), temperature)
-        scaled = _shape(context, group, scaled, generated + step)
-        token = sampling.draw(scaled, *_names(group, random.PURPOSE_DRAFT + random.PURPOSE_STRIDE * step))
-        chosen, lse = sampling.log_prob(scaled, token)
-        tokens.append(token)
-        log_q.append(chosen)
-        usable.append(lse.isfinite())
+        logits, heat = _shape(context, group, draft.logits(hidden[:, -1]), temperature, generated + step)
+        name = names.draw(random.PURPOSE_DRAFT + random.PURPOSE_STRIDE * step)
+        drawn.append(sampling.sample(logits, heat, *name))
         if context.kind.speculative:
-            kept.append(scaled)
-        inputs, start = token[:, None], position + 1 + step
+            kept.append(logits if heat is None else sampling.scale(logits, heat))
+        inputs, start = drawn[-1].tokens[:, None], position + 1 + step
     if context.kind.draft_schedule == "legacy":
         draft.forward(inputs, start, table, context.max_context)
     shape = (groups, particles, k)
     return Draft(
-        torch.stack(tokens, dim=-1).view(shape),
-        torch.stack(log_q, dim=-1).view(shape),
-        torch.stack(kept, dim=1).view(*shape, -1) if kept else group.log_weights.new_zeros((*shape, 0)),
-        torch.stack(usable, dim=-1).all(dim=-1).view(groups, particles),
+        torch.stack([each.tokens for each in drawn], dim=-1).view(shape),
+        torch.stack([each.log_prob for each in drawn], dim=-1).view(shape),
+        torch.stack([each.lse for each in drawn], dim=-1).view(shape).isfinite(),
+        torch.stack(kept, dim=1).view(*shape, -1) if kept else None,
     )
 
 
@@ -321,56 +360,70 @@ def _score(context: RoundContext, group: GroupState, draft: Draft) -> Score:
     """Score [frontier, d1..dK] with the target in one pass."""
     groups, particles, k = draft.tokens.shape
     inputs = torch.cat([group.frontier[..., None], draft.tokens], dim=-1).flatten(0, 1)
-    position = group.position.repeat_interleave(particles, output_size=groups * particles)
+    position = _per_row(group.position, particles)
     hidden = context.target.forward(inputs, position, group.block_table.flatten(0, 1), context.max_context)
-    logits = context.target.logits(hidden).flatten(0, 1)
     rows = particles * (k + 1)
-    scaled = sampling.scale(logits, group.temperature.repeat_interleave(rows, output_size=groups * rows))
-    row = torch.arange(k + 1, device=scaled.device).expand(groups, particles, -1)
-    scaled = _shape(context, group, scaled, (group.generated[:, None, None] + row).reshape(-1))
-    scaled = scaled.view(groups, particles, k + 1, -1)
-    lse = scaled.logsumexp(dim=-1)
-    log_p = scaled[:, :, :k].gather(3, draft.tokens[..., None])[..., 0] - lse[..., :k]
-    return Score(scaled, log_p, lse)
+    index = group.generated[:, None, None] + torch.arange(k + 1, device=inputs.device).expand(groups, particles, -1)
+    logits = context.target.logits(hidden).flatten(0, 1)
+    logits, heat = _shape(context, group, logits, _per_row(group.temperature, rows), index.reshape(-1))
+    # Row k scores draft token k + 1; the last row scores nothing.
+    tokens = torch.nn.functional.pad(draft.tokens, (0, 1), value=-1)
+    log_p, lse = context.kernels.sampling.score(logits, tokens.reshape(-1), heat)
+    shape = (groups, particles, k + 1)
+    return Score(logits, heat, log_p.view(shape)[..., :k], lse.view(shape))
 
 
-def _failed(group: GroupState, draft: Draft, score: Score) -> Tensor:
-    """[G]: an unfinished, live particle met NaN logits or a row without a finite one."""
+def _failed(group: GroupState, draft: Draft, score: Score, end: Tensor) -> Tensor:
+    """[G]: an unfinished, live particle met NaN logits or a row without a finite one, at or before its end.
+
+    Args:
+        end: [G, N], see `_find_end`; rows 0 to end - 1 matter.
+    """
     counted = ~group.finished & group.log_weights.isfinite() & group.active[:, None]
-    bad = ~(draft.usable & score.lse.isfinite().all(dim=-1))
+    index = torch.arange(score.lse.shape[-1], device=end.device)
+    bad = ~score.lse.isfinite()
+    bad[..., :-1] |= ~draft.usable
+    bad = (bad & (index < end[..., None])).any(dim=-1)
     return group.failed | (counted & bad).any(dim=1)
 
 
-def _append_bonus(draft: Draft, score: Score, bonus: Tensor, committed: Tensor) -> Emission:
-    """Put the bonus [G, N] right after the committed draft tokens."""
-    particles = bonus.shape[1]
-    place = committed[:, None, None].expand(-1, particles, 1)
-    vocabulary = score.scaled.shape[-1]
-    row = score.scaled.gather(2, place[..., None].expand(-1, -1, -1, vocabulary))[:, :, 0]
-    log_p = row.gather(2, bonus[..., None]) - score.lse.gather(2, place)
+def _append_bonus(draft: Draft, score: Score, bonus: Tensor, log_p: Tensor, committed: Tensor) -> Emission:
+    """Put the bonus [G, N], with its log p, right after the committed draft tokens."""
+    place = committed[:, None, None].expand(-1, bonus.shape[1], 1)
     tokens = torch.cat([draft.tokens, bonus[..., None]], dim=-1).scatter(2, place, bonus[..., None])
+    log_p = log_p.view_as(bonus)[..., None]
     return Emission(tokens, torch.cat([score.log_p, log_p], dim=-1).scatter(2, place, log_p), committed)
+
+
+def _rows_at(score: Score, committed: Tensor) -> Tensor:
+    """[G * N] int64: which row of the score follows each particle's committed draft tokens."""
+    groups, particles, rows = score.lse.shape
+    first = torch.arange(groups * particles, device=committed.device) * rows
+    return first + _per_row(committed, particles)
 
 
 def _weigh(context: RoundContext, group: GroupState, draft: Draft, score: Score) -> tuple[Emission, GroupState, Tensor]:
     """Importance weights instead of rejection: ℓ_k = α log p - log q, then the bonus and its log ζ."""
-    failed = _failed(group, draft, score)
-    alpha = group.alpha[:, None]
-    increments = (group.alpha[:, None, None] * score.log_p - draft.log_q).to(torch.float64)
-    increments = torch.where(failed[:, None, None], 0.0, increments)
+    particles = group.frontier.shape[1]
     end, _, _ = _find_end(context, group, draft.tokens, torch.full_like(group.generated, draft.tokens.shape[-1]))
-    weighed = weights.accumulate(group.log_weights, increments, end, group.finished)
-
-    place = weighed.committed[:, None, None].expand(-1, end.shape[1], 1)
-    row = score.scaled.gather(2, place[..., None].expand(-1, -1, -1, score.scaled.shape[-1])).flatten(0, 2)
-    row_alpha = alpha.expand_as(end).reshape(-1)
-    bonus = sampling.draw(row * row_alpha[:, None], *_names(group, random.PURPOSE_BONUS)).view_as(end)
-    zeta = sampling.log_zeta(row, score.lse.gather(2, place).reshape(-1), row_alpha).view_as(end)
+    failed = _failed(group, draft, score, end)
+    weighed = context.kernels.weights.weigh(
+        group.log_weights, score.log_p, draft.log_q, group.alpha, end, group.finished, failed
+    )
+    rows = _rows_at(score, weighed.committed)
+    bonus = context.kernels.sampling.sample(
+        score.logits,
+        None if score.temperature is None else _per_row(group.temperature, particles),
+        *_Names.of(group).draw(random.PURPOSE_BONUS),
+        alpha=_per_row(group.alpha, particles),
+        rows=rows,
+    )
     takes_bonus = ~group.finished & (end > weighed.committed[:, None]) & ~failed[:, None]
     takes_bonus &= weighed.log_weights.isfinite()
-    log_weights = weighed.log_weights + torch.where(takes_bonus, zeta, 0.0)
+    log_weights = weighed.log_weights + torch.where(takes_bonus, bonus.log_zeta.view_as(end), 0.0)
+    emission = _append_bonus(draft, score, bonus.tokens.view_as(end), bonus.log_prob, weighed.committed)
     group = replace(group, log_weights=log_weights, failed=failed)
-    return _append_bonus(draft, score, bonus, weighed.committed), group, weighed.recovered & group.active
+    return emission, group, weighed.recovered & group.active
 
 
 def _verify(
@@ -380,15 +433,19 @@ def _verify(
 
     Source: Leviathan, Kalman & Matias (2023), arXiv:2211.17192; Chen et al. (2023), arXiv:2302.01318.
     """
-    group = replace(group, failed=_failed(group, draft, score))
+    assert draft.scaled is not None
     groups, particles, k = draft.tokens.shape
-    powered = score.scaled * group.alpha[:, None, None, None]
-    p = powered.softmax(dim=-1, dtype=torch.float64)
+    sampling, names = context.kernels.sampling, _Names.of(group)
+    end, _, _ = _find_end(context, group, draft.tokens, torch.full_like(group.generated, k))
+    group = replace(group, failed=_failed(group, draft, score, end))
+    scaled = score.logits if score.temperature is None else sampling.scale(score.logits, score.temperature)
+    scaled = scaled.view(groups, particles, k + 1, -1)
+    p = (scaled * group.alpha[:, None, None, None]).softmax(dim=-1, dtype=torch.float64)
     q = draft.scaled.softmax(dim=-1, dtype=torch.float64)
     p_token = p[:, :, :k].gather(3, draft.tokens[..., None])[..., 0]
     q_token = q.gather(3, draft.tokens[..., None])[..., 0]
-    names = [_names(group, random.PURPOSE_ACCEPT + random.PURPOSE_STRIDE * step) for step in range(k)]
-    u = torch.stack([random.uniform(*name) for name in names], dim=-1).view_as(p_token) if k else p_token
+    purposes = [random.PURPOSE_ACCEPT + random.PURPOSE_STRIDE * step for step in range(k)]
+    u = torch.stack([random.uniform(*names.draw(purpose)) for purpose in purposes], dim=-1).view_as(p_token)
     committed = (u * q_token < p_token).long().cumprod(dim=-1).sum(dim=-1)[:, 0]
 
     place = committed[:, None, None, None].expand(-1, particles, 1, p.shape[-1])
@@ -397,8 +454,9 @@ def _verify(
     q_row = torch.cat([q, torch.zeros_like(p[:, :, :1])], dim=2).gather(2, place).flatten(0, 2)
     residual = (p_row - q_row).clamp(min=0)
     residual = torch.where(residual.sum(dim=-1, keepdim=True) > 0, residual, p_row)
-    bonus = sampling.draw(residual.log().to(torch.float32), *_names(group, random.PURPOSE_RESIDUAL))
-    emission = _append_bonus(draft, score, bonus.view(groups, particles), committed)
+    bonus = sampling.draw(residual.log().to(torch.float32), *names.draw(random.PURPOSE_RESIDUAL))
+    log_p, _ = sampling.log_prob(scaled.gather(2, place).flatten(0, 2), bonus)
+    emission = _append_bonus(draft, score, bonus.view(groups, particles), log_p, committed)
     return emission, group, torch.zeros_like(group.failed)
 
 
@@ -472,36 +530,33 @@ def _resample_if_needed(context: RoundContext, group: GroupState) -> tuple[Group
     Returns:
         the groups, ancestors [G, N], ESS before [G], which groups resampled [G].
     """
-    n = context.kind.num_particles
-    ess = weights.effective_sample_size(group.log_weights)
-    index = torch.arange(n, device=ess.device).expand_as(group.frontier)
-    if n < 2:
-        return group, index, ess, torch.zeros_like(group.failed)
     unfinished = (~group.finished).any(dim=1)
-    resampled = group.active & ~group.failed & unfinished & (ess < group.ess_threshold * n)
-    zero = torch.zeros_like(group.seed)
-    u = random.uniform(group.seed, group.round_number, zero, zero + random.PURPOSE_RESAMPLE)
-    ancestors = torch.where(resampled[:, None], resample.systematic_resample(group.log_weights, u), index)
+    decided = context.kernels.resample.resample_if_needed(
+        group.log_weights,
+        group.seed,
+        group.round_number,
+        group.ess_threshold,
+        group.active & ~group.failed & unfinished,
+        group.log_evidence,
+    )
+    ancestors = decided.ancestors
+    if context.kind.num_particles < 2:
+        return group, ancestors, decided.ess, decided.resampled
     shared = (group.position - 1).clamp(min=0) // context.target.page_size
     table = group.block_table.clone()
     _fork_pages(context, table, ancestors, shared)
-    log_evidence = group.log_evidence + weights.log_mean_exp(group.log_weights)
     inherited = {name: getattr(group, name).gather(1, ancestors) for name in _INHERITED}
     history = ancestors[..., None].expand_as(group.tokens)
-    return (
-        replace(
-            group,
-            **inherited,
-            tokens=group.tokens.gather(1, history),
-            log_probs=group.log_probs.gather(1, history),
-            block_table=table,
-            log_weights=torch.where(resampled[:, None], 0.0, group.log_weights),
-            log_evidence=torch.where(resampled, log_evidence, group.log_evidence),
-        ),
-        ancestors,
-        ess,
-        resampled,
+    group = replace(
+        group,
+        **inherited,
+        tokens=group.tokens.gather(1, history),
+        log_probs=group.log_probs.gather(1, history),
+        block_table=table,
+        log_weights=decided.log_weights,
+        log_evidence=decided.log_evidence,
     )
+    return group, ancestors, decided.ess, decided.resampled
 
 
 _INHERITED = ("finished", "length", "end_kind", "stop_state", "frontier", "previous")
@@ -509,7 +564,7 @@ _INHERITED = ("finished", "length", "end_kind", "stop_state", "frontier", "previ
 
 def _fork_pages(context: RoundContext, table: Tensor, ancestors: Tensor, shared: Tensor) -> None:
     """Share full pages with the ancestor and copy the last one, in both models' caches."""
-    source, destination = pages.fork(context.ref_count, table, ancestors, shared)
+    source, destination = context.kernels.pages.fork(context.ref_count, table, ancestors, shared)
     context.target.copy_pages(source, destination)
     if context.draft is not None:
         context.draft.copy_pages(source, destination)

@@ -231,6 +231,7 @@ def make_toy(
     seed: int = 3,
     scale: float = 0.8,
     letters: bool = False,
+    head_dim: int | None = None,
     **options,
 ) -> Toy:
     """Build a toy pair: a two-layer Llama and a draft that differs from it by `noise`.
@@ -238,6 +239,7 @@ def make_toy(
     Args:
         scale: spread of the logits, about.
         letters: six tokens with a byte-level tokenizer (see write_letters_tokenizer).
+        head_dim: 8 when None.
     """
     target = make_checkpoint(
         folder / "target",
@@ -245,6 +247,7 @@ def make_toy(
         hidden=16,
         heads=2,
         kv_heads=1,
+        head_dim=head_dim,
         ffn=24,
         max_position=128,
         tokenizer=False,

@@ -10,8 +10,6 @@ increments: what the particle weighting and resampling plugin runs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +18,7 @@ from torch import Tensor
 from smc_plugin.kernels.launch import launch, let_next_start, wait_for_inputs
 from smc_plugin.kernels.random import PURPOSE_RESAMPLE, uniform_scalar
 from smc_plugin.kernels.weights import accumulate_group, as_bytes, ess_of, group_options, log_mean_exp_of, normalised
+from smc_plugin.reference.resample import Resampled
 
 __all__ = [
     "Resampled",
@@ -29,28 +28,6 @@ __all__ = [
     "systematic_resample",
     "weigh_and_resample",
 ]
-
-
-@dataclass(frozen=True)
-class Resampled:
-    """What the end of a round decides.
-
-    Args:
-        log_weights: [G, N] float64 after resampling (0 where it happened).
-        log_evidence: [G] float64.
-        ancestors: [G, N] int64, 0, 1, …, N - 1 where nothing was resampled.
-        ess: [G] float64, before resampling.
-        resampled: [G] bool.
-        committed: [G] int64, recovered: [G] bool (see weights.Weighed); None from `resample_if_needed`.
-    """
-
-    log_weights: Tensor
-    log_evidence: Tensor
-    ancestors: Tensor
-    ess: Tensor
-    resampled: Tensor
-    committed: Tensor | None = None
-    recovered: Tensor | None = None
 
 
 @triton.jit

@@ -11,8 +11,6 @@ a few numbers, or once a request.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +19,7 @@ from torch import Tensor
 from smc_plugin.kernels.filters import apply_filters
 from smc_plugin.kernels.launch import cdiv, launch, let_next_start, next_power_of_2, sm_count, wait_for_inputs
 from smc_plugin.kernels.random import race_noise
-from smc_plugin.reference.sampling import NEG_INF, ban_tokens, scale, systematic_tokens
+from smc_plugin.reference.sampling import NEG_INF, Sampled, ban_tokens, scale, systematic_tokens
 
 __all__ = [
     "NEG_INF",
@@ -39,22 +37,6 @@ __all__ = [
 
 _BLOCK = 1024
 _PARTS = 5  # max, sum of exp, max and sum of the powered logits, best race value
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """What `sample` draws.
-
-    Args:
-        tokens: [R] int64.
-        log_prob, lse: [R] float32, of p = softmax(logits / T), whatever alpha is.
-        log_zeta: [R] float32; 0 where alpha is 1.
-    """
-
-    tokens: Tensor
-    log_prob: Tensor
-    lse: Tensor
-    log_zeta: Tensor
 
 
 @triton.jit

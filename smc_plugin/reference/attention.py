@@ -126,3 +126,25 @@ def paged_attention(query: Tensor, layer_cache: Tensor, context: AttentionContex
     queries = query.view(batch, -1, num_heads, head_dim).transpose(1, 2)
     out = functional.scaled_dot_product_attention(queries, keys, values, context.visible, enable_gqa=True)
     return out.transpose(1, 2).reshape(query.shape[0], num_heads * head_dim)
+
+
+def attend(
+    qkv: Tensor,
+    layer_cache: Tensor,
+    context: AttentionContext,
+    num_heads: int,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """`rope_and_write`, then `paged_attention`: from qkv rows to attention rows.
+
+    Args:
+        qkv: [R, (num_heads + 2 kv_heads) * head_dim].
+        layer_cache: [2, P, page_size, kv_heads, head_dim], changed in place.
+        q_norm, k_norm: [head_dim] both, or None both.
+    Returns:
+        [R, num_heads * head_dim] in qkv's dtype.
+    """
+    query = rope_and_write(qkv, layer_cache, context, num_heads, q_norm, k_norm, eps)
+    return paged_attention(query, layer_cache, context)

@@ -10,10 +10,35 @@ they are; particle 0's surplus copy overwrites dead particle 1.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from smc_plugin.reference.weights import normalise
+from smc_plugin.reference import random
+from smc_plugin.reference.weights import effective_sample_size, log_mean_exp, normalise
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """What the end of a round decides.
+
+    Args:
+        log_weights: [G, N] float64 after resampling (0 where it happened).
+        log_evidence: [G] float64.
+        ancestors: [G, N] int64, 0, 1, …, N - 1 where nothing was resampled.
+        ess: [G] float64, before resampling.
+        resampled: [G] bool.
+        committed: [G] int64, recovered: [G] bool (see weights.Weighed); None from `resample_if_needed`.
+    """
+
+    log_weights: Tensor
+    log_evidence: Tensor
+    ancestors: Tensor
+    ess: Tensor
+    resampled: Tensor
+    committed: Tensor | None = None
+    recovered: Tensor | None = None
 
 
 def systematic_ancestors(log_weights: Tensor, u: Tensor) -> Tensor:
@@ -67,3 +92,38 @@ def systematic_resample(log_weights: Tensor, u: Tensor) -> Tensor:
         [G, N] int64; never indexes a dead particle while a live one exists.
     """
     return keep_survivors(systematic_ancestors(log_weights, u))
+
+
+def resample_if_needed(
+    log_weights: Tensor,
+    seed: Tensor,
+    round_number: Tensor,
+    ess_threshold: Tensor,
+    eligible: Tensor,
+    log_evidence: Tensor,
+) -> Resampled:
+    """Resample the groups whose ESS fell below θ N.
+
+    Args:
+        log_weights: [G, N] float64.
+        seed, round_number: [G] int64, name u with lane 0 and PURPOSE_RESAMPLE.
+        ess_threshold: [G] float64, θ.
+        eligible: [G] bool; others keep their weights (idle, failed or finished groups).
+        log_evidence: [G] float64, before.
+    Source: docs/algorithm.md, step 7.
+    """
+    num_particles = log_weights.shape[1]
+    ess = effective_sample_size(log_weights)
+    index = torch.arange(num_particles, device=ess.device).expand_as(log_weights)
+    if num_particles < 2:
+        return Resampled(log_weights, log_evidence, index, ess, torch.zeros_like(eligible))
+    resampled = eligible & (ess < ess_threshold * num_particles)
+    zero = torch.zeros_like(seed)
+    u = random.uniform(seed, round_number, zero, zero + random.PURPOSE_RESAMPLE)
+    return Resampled(
+        torch.where(resampled[:, None], 0.0, log_weights),
+        torch.where(resampled, log_evidence + log_mean_exp(log_weights), log_evidence),
+        torch.where(resampled[:, None], systematic_resample(log_weights, u), index),
+        ess,
+        resampled,
+    )

@@ -3,9 +3,12 @@
 `scale` applies temperature and the request's filters once; everything after it works on scaled logits s = z/T, with -inf
 for tokens that top-k, top-p, min-p or min_tokens removed. Draws are exponential races: argmax of s - log E, E standard
 exponential, which is Gumbel-max and needs one pass.
+`sample` and `score` are those steps put together, for raw logits.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +16,22 @@ from torch import Tensor
 from smc_plugin.reference.random import exponential
 
 NEG_INF = float("-inf")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What `sample` draws.
+
+    Args:
+        tokens: [R] int64.
+        log_prob, lse: [R] float32, of p = softmax(logits / T), whatever alpha is.
+        log_zeta: [R] float32; 0 where alpha is 1.
+    """
+
+    tokens: Tensor
+    log_prob: Tensor
+    lse: Tensor
+    log_zeta: Tensor
 
 
 def scale(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -119,3 +138,44 @@ def systematic_tokens(scaled: Tensor, u: Tensor, num_particles: int) -> Tensor:
     tokens = torch.searchsorted(cdf, positions * cdf[:, -1:], right=True)
     possible = torch.arange(scaled.shape[-1], device=u.device) * (probs > 0)
     return torch.minimum(tokens, possible.amax(dim=-1, keepdim=True))
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor | None,
+    seed: Tensor,
+    step: Tensor,
+    lane: Tensor,
+    purpose: Tensor,
+    alpha: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Sampled:
+    """Draw one token a row from softmax(alpha * logits / temperature), with its log-probability at alpha = 1.
+
+    Args:
+        logits: [R', V], any float dtype; computed in float32.
+        temperature: [R] float32 > 0, or None where the logits are scaled already.
+        seed, step, lane, purpose: [R] int64, the draw's name (see random).
+        alpha: [R] float32, or None for 1.
+        rows: [R] int64, the row of logits that each draw reads; None for row r.
+    """
+    chosen = logits if rows is None else logits.index_select(0, rows)
+    scaled = chosen.to(torch.float32) if temperature is None else scale(chosen, temperature)
+    tokens = draw(scaled if alpha is None else scaled * alpha[:, None], seed, step, lane, purpose)
+    log_p, lse = log_prob(scaled, tokens)
+    return Sampled(tokens, log_p, lse, torch.zeros_like(lse) if alpha is None else log_zeta(scaled, lse, alpha))
+
+
+def score(logits: Tensor, tokens: Tensor, temperature: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Log-probability of given tokens under softmax(logits / temperature), and every row's log-sum-exp.
+
+    Args:
+        logits: [R, V], any float dtype; computed in float32.
+        tokens: [R] int64; a row with a negative one has log-probability 0 (row K of a round scores nothing).
+        temperature: [R] float32 > 0, or None where the logits are scaled already.
+    Returns:
+        ([R] float32, [R] float32).
+    """
+    scaled = logits.to(torch.float32) if temperature is None else scale(logits, temperature)
+    log_p, lse = log_prob(scaled, tokens.clamp(min=0))
+    return torch.where(tokens < 0, 0.0, log_p), lse

@@ -50,6 +50,22 @@ def accumulate(log_weights: Tensor, increments: Tensor, end: Tensor, finished: T
     return Weighed(path.gather(2, chosen)[..., 0], committed, committed < num_draft_tokens)
 
 
+def weigh(
+    log_weights: Tensor, log_p: Tensor, log_q: Tensor, alpha: Tensor, end: Tensor, finished: Tensor, failed: Tensor
+) -> Weighed:
+    """Form ℓ_k = α log p - log q and accumulate it.
+
+    Args:
+        log_weights: [G, N] float64.
+        log_p, log_q: [G, N, K] float32.
+        alpha: [G] float32.
+        end: [G, N] int64; finished: [G, N] bool (see accumulate).
+        failed: [G] bool; these groups' increments are 0.
+    """
+    increments = (alpha[:, None, None] * log_p - log_q).to(torch.float64)
+    return accumulate(log_weights, torch.where(failed[:, None, None], 0.0, increments), end, finished)
+
+
 def normalise(log_weights: Tensor) -> Tensor:
     """Weights that sum to one.
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from smc_engines import rounds
 from smc_engines.sampling_params import SamplingParams
 from smc_plugin.reference import random, sampling
 from tests.toy import Toy
@@ -99,7 +98,7 @@ def test_no_two_draws_of_a_request_share_a_name(toy: Toy, monkeypatch: pytest.Mo
         return real_exponential(*name)
 
     monkeypatch.setattr(random, "uniform", uniform)
-    monkeypatch.setattr(rounds.sampling, "exponential", exponential)
+    monkeypatch.setattr(sampling, "exponential", exponential)
     executor = toy.executor()
     base = SamplingParams(num_particles=4, num_draft_tokens=5, max_tokens=12, ignore_eos=True, seed=9, temperature=1.0)
     for params in (replace(base, ess_threshold=1.0), replace(base, mode="speculative"), replace(base, mode="target")):

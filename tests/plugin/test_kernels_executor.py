@@ -1,0 +1,57 @@
+"""The executor on the Triton kernels, under the interpreter, against the executor on the torch reference."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from smc_engines.outputs import RequestOutput
+from smc_engines.sampling_params import SamplingParams
+from tests.toy import Toy, assert_empty, info_of, make_toy
+
+BASE = SamplingParams(num_particles=3, num_draft_tokens=2, max_tokens=7, temperature=1.0, return_particles=True, seed=5)
+CASES = {
+    "smc": BASE,
+    "resample every round": replace(
+        BASE, num_particles=4, num_draft_tokens=3, ess_threshold=1.0, ignore_eos=True, max_tokens=16
+    ),
+    "power and temperatures": replace(BASE, power_alpha=1.6, temperature=0.8, draft_temperature=1.2),
+    "filters": replace(BASE, top_k=3, top_p=0.9, min_p=0.05, min_tokens=2),
+    "stop strings": replace(BASE, stop=("ab", "cc"), ignore_eos=True),
+    "one particle": replace(BASE, num_particles=1, num_draft_tokens=4),
+    "no draft": replace(BASE, num_draft_tokens=0),
+    "target": replace(BASE, mode="target", logprobs=True),
+    "speculative": replace(BASE, mode="speculative", num_draft_tokens=3),
+    "greedy": replace(BASE, temperature=0.0),
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """Letters with heads of 16 dimensions, the least that the attention kernel takes."""
+    folder: Path = tmp_path_factory.mktemp("wide")
+    return make_toy(folder, vocab_size=6, letters=True, max_seq_len=32, head_dim=16, noise=0.7)
+
+
+def run(toy: Toy, kernels: str, schedule: str = "deferred") -> list[RequestOutput]:
+    """Every case at once, so that groups share rounds and pages."""
+    executor = toy.executor(kernels=kernels, draft_schedule=schedule)
+    outputs = executor.generate([toy.prompt] * len(CASES), list(CASES.values()))
+    assert_empty(executor)
+    return outputs
+
+
+@pytest.mark.parametrize("schedule", ["deferred", "legacy"])
+def test_answers_are_those_of_the_reference(wide: Toy, schedule: str) -> None:
+    expected, found = run(wide, "reference", schedule), run(wide, "triton", schedule)
+    resamples = 0
+    for case, ours, theirs in zip(CASES, found, expected, strict=True):
+        assert ours.token_ids == theirs.token_ids, case
+        info, other = info_of(ours), info_of(theirs)
+        assert info.log_evidence == pytest.approx(other.log_evidence, abs=1e-4), case
+        assert [one.token_ids for one in info.particles] == [one.token_ids for one in other.particles], case
+        weights = [one.log_weight for one in other.particles]
+        assert [one.log_weight for one in info.particles] == pytest.approx(weights, abs=1e-4), case
+        assert [step.ancestors for step in info.trace] == [step.ancestors for step in other.trace], case
+        resamples += info.resamples
+    assert resamples >= 3
