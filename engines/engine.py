@@ -18,8 +18,7 @@ from smc_engines.kv_cache import total_blocks, worst_case_pages
 from smc_engines.model import PagedModel
 from smc_engines.regions import RegionRunner
 from smc_engines.rounds import RoundKind
-from smc_engines.sampling_params import SamplingParams
-from smc_engines.state import MAX_EOS_IDS
+from smc_engines.sampling_params import MAX_EOS_IDS, SamplingParams
 from smc_engines.text import Tokenizer
 from smc_plugin.backend import kernels_for
 from smc_plugin.errors import EngineDirError, RequestError

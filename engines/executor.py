@@ -234,8 +234,8 @@ class Executor:
         last = torch.tensor([request.prompt[-1]], device=device)
         context = self._context(request.plan.kind, [request])
         slot = torch.tensor([request.slot], device=device)
-        summary = rounds.begin(context, self.slots.state, slot, end, last, logits)
-        return self._publish([request], RoundSummary.unpack(summary.pack().cpu(), request.num_particles), first=True)
+        packed = rounds.begin(context, self.slots.state, slot, end, last, logits)
+        return self._publish([request], RoundSummary.unpack(packed.cpu(), request.num_particles), first=True)
 
     def _run_rounds(self) -> list[RequestOutput]:
         """Start one round of each kind; publish these, or with overlap those started a step ago."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from smc_engines.prefix_cache import PrefixCache
-from smc_engines.state import GroupState
+from smc_plugin.group_state import GroupState
 from smc_plugin.reference import pages
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from smc_engines.rounds import RoundContext, RoundKind, RoundSummary, run_round
-from smc_engines.state import GroupState
+from smc_plugin.group_state import GroupState
 
 _WARM_UP_ROUNDS = 3
 
@@ -51,8 +51,8 @@ class Launcher:
     def launch(self, context: RoundContext, slots: Sequence[int]) -> Flight:
         """Start a round for some slots."""
         if self._device.type != "cuda":
-            summary = run_round(context, self._state, torch.tensor(slots, device=self._device))
-            return Flight(context.kind, summary.pack(), None)
+            packed = run_round(context, self._state, torch.tensor(slots, device=self._device))
+            return Flight(context.kind, packed, None)
         spare = self._state.slot.shape[0] - 1
         bucket = min(1 << (len(slots) - 1).bit_length(), max(spare, 1))
         padded = [*slots, *[spare] * (bucket - len(slots))]
@@ -71,7 +71,7 @@ class _CapturedRound:
     def __init__(self, context: RoundContext, state: GroupState, bucket: int, spare: int) -> None:
         self._kind = context.kind
         self._slots = torch.full((bucket,), spare, device=state.slot.device)
-        self._graph, self._packed = capture(lambda: run_round(context, state, self._slots).pack())
+        self._graph, self._packed = capture(lambda: run_round(context, state, self._slots))
         self._host = [torch.empty_like(self._packed, device="cpu").pin_memory() for _ in range(2)]
         self._slots_host = [torch.empty(bucket, dtype=torch.int64).pin_memory() for _ in range(2)]
         self._turn = 0

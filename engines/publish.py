@@ -10,8 +10,8 @@ import torch
 from smc_engines.outputs import FinishReason, Particle, RequestInfo, RequestOutput, RoundInfo
 from smc_engines.request import Request
 from smc_engines.rounds import RoundSummary
-from smc_engines.state import END_LENGTH, END_NONE, END_STOP, GroupState
 from smc_plugin.errors import NumericalError, SmcError
+from smc_plugin.group_state import END_LENGTH, END_NONE, END_STOP, GroupState
 from smc_plugin.reference import random, weights
 
 _REASONS: dict[int, FinishReason | None] = {END_NONE: None, END_STOP: "stop", END_LENGTH: "length"}

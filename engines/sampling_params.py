@@ -22,6 +22,7 @@ Mode = Literal["smc", "target", "speculative"]
 Select = Literal["sample", "argmax"]
 
 MAX_STOP_TOKEN_IDS = 16
+MAX_EOS_IDS = 16  # end tokens that a checkpoint may name
 MAX_STOP_STRINGS = 16
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from smc_engines.engine import Engine
 from smc_engines.request import Request
-from smc_engines.state import STOP_MATCH, GroupState
-from smc_engines.stop_strings import MAX_STOP_STATES
+from smc_engines.sampling_params import MAX_EOS_IDS, MAX_STOP_TOKEN_IDS
+from smc_plugin.group_state import MAX_STOP_STATES, STOP_MATCH, GroupState
 
 
 class Slots:
@@ -21,7 +21,12 @@ class Slots:
         # The last round may draft K tokens past the last one wanted, and an ended request may idle through one more.
         history = limits.max_seq_len + 2 * limits.max_draft_tokens + 1
         self.state = GroupState.allocate(
-            engine.max_groups + 1, limits.max_particles, history, engine.max_blocks(), engine.device
+            engine.max_groups + 1,
+            limits.max_particles,
+            history,
+            engine.max_blocks(),
+            MAX_EOS_IDS + MAX_STOP_TOKEN_IDS,
+            engine.device,
         )
         # Made when the first request with stop strings comes: 64 states times the vocabulary, a byte each, a slot.
         self._stop_tables: Tensor | None = None

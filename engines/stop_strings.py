@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from smc_plugin.errors import RequestError
+from smc_plugin.group_state import MAX_STOP_STATES
 
-MAX_STOP_STATES = 64
 _CACHE_ENTRIES = 16  # a table of 64 states over 128,256 tokens is 16 MB
 _CACHE_VOCABULARIES = 4
 

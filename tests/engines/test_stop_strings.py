@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smc_engines import stop_strings
-from smc_engines.stop_strings import MAX_STOP_STATES, StopAutomaton, holdback, trim
+from smc_engines.stop_strings import StopAutomaton, holdback, trim
 from smc_plugin.errors import RequestError
+from smc_plugin.group_state import MAX_STOP_STATES
 
 # two letters make overlaps frequent; the others have two, three and four bytes
 TEXT = st.text(alphabet="abé€😀", min_size=1, max_size=4)

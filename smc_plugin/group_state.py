@@ -13,10 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smc_engines.sampling_params import MAX_STOP_TOKEN_IDS
-from smc_engines.stop_strings import MAX_STOP_STATES
-
-MAX_EOS_IDS = 16
+MAX_STOP_STATES = 64  # of one slot's automaton over stop strings
 STOP_MATCH = MAX_STOP_STATES - 1  # the automaton's absorbing state in every slot's table
 
 END_NONE, END_STOP, END_LENGTH = 0, 1, 2
@@ -26,10 +23,9 @@ END_NONE, END_STOP, END_LENGTH = 0, 1, 2
 class GroupState:
     """State of S slots of N particles; T tokens of history each, B pages.
 
-    Per slot [S]: slot (its number), position, generated, round_number, num_blocks, max_tokens, min_tokens, top_k, seed
-    (int64); temperature,
-    draft_temperature, alpha, top_p, min_p (float32); ess_threshold, log_evidence (float64); active, failed (bool);
-    stop_ids [S, M] int64, unused -1.
+    Per slot [S]: slot (its number), position, generated, settled (generated tokens that all live particles share),
+    round_number, num_blocks, max_tokens, min_tokens, top_k, seed (int64); temperature, draft_temperature, alpha, top_p,
+    min_p (float32); ess_threshold, log_evidence (float64); active, failed (bool); stop_ids [S, M] int64, unused -1.
     Per particle [S, N]: log_weights float64; finished bool; length, end_kind, stop_state, frontier, previous int64;
     tokens [S, N, T] int64; log_probs [S, N, T] float32; block_table [S, N, B + 1] int32.
     """
@@ -37,6 +33,7 @@ class GroupState:
     slot: Tensor
     position: Tensor
     generated: Tensor
+    settled: Tensor
     round_number: Tensor
     num_blocks: Tensor
     max_tokens: Tensor
@@ -65,8 +62,10 @@ class GroupState:
     block_table: Tensor
 
     @classmethod
-    def allocate(cls, slots: int, particles: int, history: int, blocks: int, device: torch.device) -> GroupState:
-        """Allocate an all-idle state of `slots` slots, the spare one included."""
+    def allocate(
+        cls, slots: int, particles: int, history: int, blocks: int, stop_ids: int, device: torch.device
+    ) -> GroupState:
+        """Allocate an all-idle state of `slots` slots, the spare one included; see the class for the other sizes."""
 
         def slot(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros((slots, *shape), dtype=dtype, device=device)
@@ -75,12 +74,13 @@ class GroupState:
             return slot(dtype, particles, *shape)
 
         i64, f32, f64 = torch.int64, torch.float32, torch.float64
-        integers = ("position", "generated", "round_number", "num_blocks", "max_tokens", "min_tokens", "top_k", "seed")
+        integers = ("position", "generated", "settled", "round_number", "num_blocks")
+        integers += ("max_tokens", "min_tokens", "top_k", "seed")
         reals = ("temperature", "draft_temperature", "alpha", "top_p", "min_p")
         fields = {name: slot(i64) for name in integers} | {name: slot(f32) + 1 for name in reals}
         fields |= {"ess_threshold": slot(f64), "log_evidence": slot(f64)}
         fields |= {"active": slot(torch.bool), "failed": slot(torch.bool)}
-        fields |= {"stop_ids": slot(i64, MAX_EOS_IDS + MAX_STOP_TOKEN_IDS) - 1}
+        fields |= {"stop_ids": slot(i64, stop_ids) - 1}
         fields |= {name: particle(i64) for name in ("length", "end_kind", "stop_state", "frontier", "previous")}
         fields |= {"log_weights": particle(f64), "finished": ~particle(torch.bool)}
         fields |= {"tokens": particle(i64, history), "log_probs": particle(f32, history)}
@@ -120,6 +120,6 @@ PARTICLE_FIELDS = frozenset(
 )
 # What a round may change; the rest are the request's parameters.
 CHANGED_FIELDS = (
-    *("position", "generated", "round_number", "num_blocks", "log_evidence", "active", "failed"),
+    *("position", "generated", "settled", "round_number", "num_blocks", "log_evidence", "active", "failed"),
     *sorted(PARTICLE_FIELDS),
 )
