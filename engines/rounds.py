@@ -295,7 +295,7 @@ def _propose(context: RoundContext, state: GroupState, slots: Tensor, opened: Op
         drawn.append(sampling.sample(logits, heat, *name))
         if context.kind.speculative:
             kept.append(logits if heat is None else sampling.scale(logits, heat))
-        inputs, start = drawn[-1].tokens[:, None], opened.position + 1 + step
+        inputs, start = drawn[-1].tokens[:, None], opened.position + (1 + step)
     if context.kind.draft_schedule == "legacy":
         draft.forward(inputs, start, table, context.max_context)
     shape = (groups, particles, k)

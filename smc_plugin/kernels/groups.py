@@ -200,7 +200,7 @@ def _stop_options(state: GroupState, stop_tables: Tensor | None, num_particles: 
         "TABLES": stop_tables is not None,
         "STOPS": next_power_of_2(state.stop_ids.shape[1]),
         "LANES": next_power_of_2(num_particles),
-        "num_warps": 1,
+        "num_warps": 1 if num_particles <= 32 else 4,
     }
     return given, sizes
 
@@ -507,7 +507,7 @@ def close_round(
         *(num_particles, state_particles, history_size, width),
         HEADER=SUMMARY_COLUMNS,
         LANES=next_power_of_2(num_particles),
-        BLOCK=_BLOCK,
+        BLOCK=max(16, 2048 // next_power_of_2(num_particles)),
         num_warps=4,
     )
     return packed

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from smc_plugin.kernels import attention, launch, matmul, pages, resample, sampling, weights
+from smc_plugin.group_state import GroupState
+from smc_plugin.kernels import attention, groups, launch, matmul, pages, resample, sampling, weights
 from smc_plugin.kernels.compile import Compiled, compile_recorded
 
 BF16, F32, F64, I32, I64 = torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64
@@ -61,6 +62,28 @@ def test_weights_and_resampling(particles: int) -> None:
         resample.weigh_and_resample(
             *(values, terms, terms, meta(groups, dtype=F32), end, over, flag, values, whole, whole, real, flag, real)
         )
+    assert all(one.spill_bytes == 0 for one in compile_all(recorded))
+
+
+@pytest.mark.parametrize("particles", [1, 8, 64])
+@pytest.mark.parametrize("tables", [False, True])
+def test_groups(particles: int, tables: bool) -> None:
+    state = GroupState.allocate(3, particles, 800, 50, 32, torch.device("cpu"))
+    slots, flag, real = meta(2, dtype=I64), meta(2, dtype=torch.bool), meta(2, dtype=F64)
+    terms, more = meta(2, particles, 8, dtype=F32), meta(2, particles, 9, dtype=F32)
+    values, whole = meta(2, particles, dtype=F64), meta(2, particles, dtype=I64)
+    row = meta(2 * particles, dtype=F32)
+    bonus = sampling.Sampled(row.long(), row, row, row)
+    table = meta(3, 64, VOCAB, dtype=torch.int8) if tables else None
+    with launch.recording() as recorded:
+        opened = groups.open_round(state, slots, particles, 8, 16)
+        groups.find_ends(state, slots, terms.long(), terms, more, table)
+        groups.commit(state, slots, terms.long(), terms, bonus, values, slots, whole, flag, table, 16)
+        decided = resample.Resampled(values, real, whole, real, flag)
+        groups.close_round(state, slots, decided, opened.block_table, slots, slots, flag, flag[0])
+    assert [one.kernel.__name__ for one in recorded] == [
+        *("_open_kernel", "_ends_kernel", "_commit_kernel", "_inherit_kernel", "_close_kernel")
+    ]
     assert all(one.spill_bytes == 0 for one in compile_all(recorded))
 
 
