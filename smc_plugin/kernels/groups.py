@@ -271,8 +271,6 @@ def _commit_kernel(  # noqa: PLR0915 - one idea: a group's tokens, one after the
 
     writes = valid & moves
     automaton = tl.load(stop_state + at, mask=valid, other=0)
-    last = tl.load(frontier + at, mask=valid, other=0)
-    before_last = last
     over, kind = was_over, tl.zeros([LANES], tl.int64)
     size = tl.zeros([LANES], tl.int64)
     bonus = tl.load(bonus_tokens + row, mask=valid, other=0)
@@ -293,13 +291,16 @@ def _commit_kernel(  # noqa: PLR0915 - one idea: a group's tokens, one after the
         kind = tl.where(ends_now, tl.where(stops, _STOP, _LENGTH), kind)
         size = tl.where(ends_now, before + k + 1, size)
         over = over | ends_now
-        before_last, last = last, token
     ended = writes & (kind != _NONE)
     tl.store(length + at, size, mask=ended)
     tl.store(end_kind + at, kind, mask=ended)
     tl.store(finished + at, over.to(tl.int8), mask=writes)
-    tl.store(previous + at, before_last, mask=writes)
-    tl.store(frontier + at, last, mask=writes)
+    # Before the bonus stands the last draft token that does, or the old frontier.
+    has_draft = stands > 0
+    last_draft = tl.load(tokens + row * num_draft_tokens + stands - 1, mask=valid & has_draft, other=0)
+    before_bonus = tl.where(has_draft, last_draft, tl.load(frontier + at, mask=valid, other=0))
+    tl.store(previous + at, before_bonus, mask=writes)
+    tl.store(frontier + at, bonus, mask=writes)
     tl.store(stop_state + at, automaton, mask=writes)
     # A group that does not move keeps its particles as they are, ended or not.
     unfinished = tl.max((valid & (over == 0)).to(tl.int32), axis=0) > 0

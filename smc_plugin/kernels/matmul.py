@@ -145,7 +145,10 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
     source = column.to(tl.int64) * column_stride
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     up_acc = acc
-    squares = tl.zeros([ROWS], tl.float32)
+    # Summed over the tile after the loop: a reduction in every turn would stop the stream of weights.
+    square_tile = tl.zeros([ROWS, INNER], tl.float32)
+    ahead = start + tl.arange(0, INNER)
+    scale = tl.load(norm_weight + ahead, mask=ahead < stop, other=0.0) if NORM else 0.0
     for at in range(start, stop, INNER):
         k = at + tl.arange(0, INNER)
         x_at = x + row.to(tl.int64)[:, None] * x_stride + k[None, :]
@@ -158,15 +161,17 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
         w = _load_weights(w_at, k < stop, is_column, EVEN_INNER, EVEN_COLUMNS)
         if NORM:
             wide = tile.to(tl.float32)
-            squares += tl.sum(wide * wide, axis=1)
-            scale = tl.load(norm_weight + k, mask=k < stop, other=0.0)
+            square_tile += wide * wide
             tile = tile * scale[None, :]
+            # For the next turn: such a narrow load is not pipelined, and its latency would show in every turn.
+            scale = tl.load(norm_weight + k + INNER, mask=k + INNER < stop, other=0.0)
         acc = tl.dot(tile, w, acc, input_precision="ieee")
         if GATED:
             up_at = w_at + columns * column_stride
             up = _load_weights(up_at, k < stop, is_column, EVEN_INNER, EVEN_COLUMNS)
             up_acc = tl.dot(tile, up, up_acc, input_precision="ieee")
 
+    squares = tl.sum(square_tile, axis=1)
     writes = True
     if SPLIT:
         MATRICES: tl.constexpr = 2 if GATED else 1
