@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 import torch
 
+from smc_engines.region_choice import RegionChoice
 from smc_plugin.backend import KernelChoice
 from smc_plugin.errors import ConfigError
 
@@ -35,6 +36,8 @@ class ExecutorConfig:
         overlap: start the next round before reading the last one's summary; None does so on a GPU only. Same answers.
         kernels: `auto` (Triton's on CUDA, the torch reference elsewhere), `reference` or `triton`; on a CPU Triton's
             kernels need its interpreter (TRITON_INTERPRET=1).
+        regions: who computes the stretches between attention calls: `auto` (torch on a CPU; on a GPU what --tune found
+            fastest, else the plans if there are some, else the fused kernels), `fused`, `plans` or `torch`.
         verify: check every hash of the engine directory on load.
     """
 
@@ -48,6 +51,7 @@ class ExecutorConfig:
     prefix_cache: bool = True
     overlap: bool | None = None
     kernels: KernelChoice = "auto"
+    regions: RegionChoice = "auto"
     verify: bool = True
 
     def __post_init__(self) -> None:
@@ -61,6 +65,8 @@ class ExecutorConfig:
             raise ConfigError(f"kv_memory_fraction must be in (0, 1], got {self.kv_memory_fraction}: choose a fraction")
         if self.kernels not in get_args(KernelChoice):
             raise ConfigError(f"kernels must be auto, reference or triton, got {self.kernels!r}: choose one")
+        if self.regions not in get_args(RegionChoice):
+            raise ConfigError(f"regions must be auto, fused, plans or torch, got {self.regions!r}: choose one")
         if self.draft_schedule not in get_args(DraftSchedule):
             raise ConfigError(f"draft_schedule must be deferred or legacy, got {self.draft_schedule!r}: choose one")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +16,13 @@ from smc_build.model_config import ModelConfig
 from smc_engines.config import ExecutorConfig, free_memory_bytes
 from smc_engines.kv_cache import total_blocks, worst_case_pages
 from smc_engines.model import PagedModel
-from smc_engines.regions import RegionRunner
+from smc_engines.plan_runner import Scratch
+from smc_engines.region_choice import choose_regions
 from smc_engines.rounds import RoundKind
 from smc_engines.sampling_params import MAX_EOS_IDS, SamplingParams
 from smc_engines.text import Tokenizer
 from smc_plugin.backend import kernels_for
 from smc_plugin.errors import EngineDirError, RequestError
-
-RegionSource = Callable[[Role, dict[str, Tensor]], RegionRunner]
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Engine:
         manifest: what the models are and what requests may ask.
         weights: gives a model's canonical weights on a device.
         tokenizer: None serves token ids only.
-        regions: gives the runner of a model's regions, from its role and weights; None takes torch.
+        path: the engine directory, which may hold plans; None for an engine made in memory.
     """
 
     def __init__(
@@ -80,10 +79,11 @@ class Engine:
         weights: WeightSource,
         tokenizer: Tokenizer | None,
         config: ExecutorConfig,
-        regions: RegionSource | None = None,
+        path: Path | None = None,
     ) -> None:
         self.manifest = manifest
-        self.path = Path(manifest.name)
+        self.path = path or Path(manifest.name)
+        self.plan_folder = path if manifest.plans else None
         self.config = config
         self.device = config.torch_device()
         self.tokenizer = tokenizer
@@ -107,11 +107,12 @@ class Engine:
         self.num_pages = self._size_pool([model for model in (target, draft) if model is not None])
 
         kernels = kernels_for(self.device, config.kernels)
+        scratch = Scratch()  # target and draft run one after the other
 
         def model(role: Role, model_config: ModelConfig) -> PagedModel:
             own = weights(role, self.device)
-            chosen = None if regions is None else regions(role, own)
-            return PagedModel(model_config, own, self.num_pages, self.page_size, chosen, kernels)
+            regions = choose_regions(config.regions, manifest, role, own, path, scratch)
+            return PagedModel(model_config, own, self.num_pages, self.page_size, regions, kernels)
 
         self.target = model("target", target)
         self.draft = model("draft", draft) if draft is not None else None
@@ -129,9 +130,7 @@ class Engine:
         def weights(role: Role, device: torch.device) -> dict[str, Tensor]:
             return load_weights(path, role, device=device)
 
-        engine = cls(manifest, weights, Tokenizer.load(folder) if folder is not None else None, config)
-        engine.path = path
-        return engine
+        return cls(manifest, weights, Tokenizer.load(folder) if folder is not None else None, config, path)
 
     @classmethod
     def from_random(cls, options: BuildOptions, config: ExecutorConfig) -> Engine:
@@ -141,6 +140,11 @@ class Engine:
         """
         manifest, weights = random_engine(options)
         return cls(manifest, weights, None, config)
+
+    @property
+    def models(self) -> dict[Role, PagedModel]:
+        """The models by role; there may be no draft."""
+        return {"target": self.target} | ({"draft": self.draft} if self.draft is not None else {})
 
     def max_blocks(self) -> int:
         """Blocks of the longest block table, with room for the round that an ended request may idle through."""

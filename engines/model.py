@@ -40,10 +40,10 @@ class PagedModel:
     ) -> None:
         self.config = config
         self.page_size = page_size
-        self._weights = weights
+        self.weights = weights
         self._embedding = weights["embed"]
         self.kernels = kernels or kernels_for(self._embedding.device)
-        self._regions = regions or TorchRegions(config, weights)
+        self.regions = regions or TorchRegions(config, weights)
         self._inv_freq = config.inv_freq().to(self._embedding.device)
         # Attention never reads a position that nothing wrote, so the pages need no first value (and no memory yet).
         self.cache = torch.empty(
@@ -53,7 +53,7 @@ class PagedModel:
         )
 
     def _run(self, region: str, layer: int | None = None, **activations: Tensor) -> dict[str, Tensor]:
-        return self._regions.run(region, layer, activations)
+        return self.regions.run(region, layer, activations)
 
     def forward(self, tokens: Tensor, start: Tensor, block_table: Tensor, max_context: int) -> Tensor:
         """Run B sequences of Q tokens.
@@ -84,8 +84,8 @@ class PagedModel:
             self.cache[layer],
             context,
             self.config.num_heads,
-            self._weights.get(f"layers.{layer}.q_norm"),
-            self._weights.get(f"layers.{layer}.k_norm"),
+            self.weights.get(f"layers.{layer}.q_norm"),
+            self.weights.get(f"layers.{layer}.k_norm"),
             self.config.rms_eps,
         )
 

@@ -7,14 +7,16 @@ of Llama-3.2-1B with 16 rows: run("block", 3, {"attn": [16, 2048], "residual": [
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
 from smc_build.model_config import ModelConfig
 from smc_build.network import layer_inputs, region_specs
 from smc_build.torch_ops import TorchOps
+
+Name = TypeVar("Name", bound=str)
 
 
 class RegionRunner(Protocol):
@@ -66,3 +68,21 @@ class TorchRegions:
     def run(self, region: str, layer: int | None, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute one region (see RegionRunner)."""
         return self._specs[region].build(self._ops, {**self._bound[region, layer], **activations})
+
+
+class SelectedRegions(Generic[Name]):
+    """Hands each call to the runner that a rule names for its region and number of rows.
+
+    Args:
+        runners: by name.
+        select: names a runner from a region and a number of rows.
+    """
+
+    def __init__(self, runners: Mapping[Name, RegionRunner], select: Callable[[str, int], Name]) -> None:
+        self._runners = runners
+        self._select = select
+
+    def run(self, region: str, layer: int | None, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Compute one region (see RegionRunner)."""
+        rows = next(iter(activations.values())).shape[0]
+        return self._runners[self._select(region, rows)].run(region, layer, activations)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from smc_engines.config import DraftSchedule, ExecutorConfig
+from smc_engines.region_choice import RegionChoice
 from smc_engines.sampling_params import Mode, SamplingParams, Select
 from smc_plugin.errors import ConfigError
 
@@ -100,6 +101,7 @@ _EXECUTOR: tuple[tuple[str, str, dict[str, Any]], ...] = (
         "draft_schedule",
         {"choices": get_args(DraftSchedule), "help": "K draft passes a round, or K + 1"},
     ),
+    ("--regions", "regions", {"choices": get_args(RegionChoice), "help": "who computes between attention calls"}),
     ("--verify", "verify", {"action": argparse.BooleanOptionalAction, "help": "check the engine directory's hashes"}),
 )
 

@@ -161,11 +161,13 @@ def bench_product(bench: Bench, name: str, shape: Shape, rows: int) -> None:
     x, scale, residual = normal(rows, inner), normal(inner), normal(rows, h)
     weights = [normal(*((width, inner) if name == "head" else (inner, width))) * 0.02 for _ in range(copies)]
     gated = name == "gate_up"
+    normed = matmul.Prenormed(x * scale, x.float().square().view(rows, -1, 32).sum(dim=-1).t().contiguous(), EPS)
+    norm = (normal(h), EPS)
     calls: dict[str, Callable[[int, Tactic | None], object]] = {
-        "qkv": lambda i, t: matmul.linear(x, weights[i], norm=(scale, EPS), tactic=t),
-        "o": lambda i, t: matmul.linear(x, weights[i], residual=residual, tactic=t),
-        "gate_up": lambda i, t: matmul.gated(x, weights[i], (scale, EPS), tactic=t),
-        "down": lambda i, t: matmul.linear(x, weights[i], residual=residual, tactic=t),
+        "qkv": lambda i, t: matmul.linear(normed, weights[i], tactic=t),
+        "o": lambda i, t: matmul.linear_and_norm(x, weights[i], residual, norm, t),
+        "gate_up": lambda i, t: matmul.gated(normed, weights[i], t),
+        "down": lambda i, t: matmul.linear_and_norm(x, weights[i], residual, norm, t),
         "head": lambda i, t: matmul.linear(x, weights[i], transpose_w=True, dtype=F32, tactic=t),
     }
     plain: dict[str, Callable[[int], object]] = {

@@ -12,10 +12,15 @@ constants, those divisible by 16 and all tensors are known to be (allocations ar
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +83,13 @@ def _source(recorded: Recorded) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     for position, parameter in enumerate(kernel.params):
         value = recorded.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        is_general = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not is_general):
             signature[parameter.name] = "constexpr"
             constants[(position,)] = value
             continue
         signature[parameter.name], divisible = _describe(value)
-        if divisible:
+        if divisible and not is_general:
             attributes[(position,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)
 
@@ -96,6 +102,38 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
         tool = knobs.nvidia.cuobjdump.path
         text = subprocess.run([tool, "-res-usage", str(path)], check=True, capture_output=True, text=True).stdout
     return {name: int(value) for name, value in _FACTS.findall(text)}
+
+
+def precompile(recorded: Sequence[Recorded], capability: int = 90, workers: int | None = None) -> int:
+    """Compile launches into Triton's cache, several at a time, so that the launches themselves need not.
+
+    Args:
+        recorded: from `launch.recording`; equal specialisations are compiled once.
+        capability: compute capability times ten.
+        workers: processes, one a core by default.
+    Returns:
+        how many were compiled or found in the cache.
+    """
+    jobs = {}
+    for one in recorded:
+        source = _source(one)
+        module, name = one.kernel.fn.__module__, one.kernel.fn.__name__
+        job = (module, name, source.signature, source.constants, source.attrs, one.options, capability)
+        jobs[repr(job)] = job
+    workers = max(1, min(workers or os.cpu_count() or 1, len(jobs)))
+    if workers == 1:
+        return sum(map(_compile_job, jobs.values()))
+    # Spawned, not forked: the parent may have a CUDA context, and the children need none.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return sum(pool.map(_compile_job, jobs.values(), chunksize=1))
+
+
+def _compile_job(job: tuple[str, str, dict, dict, dict, dict, int]) -> int:
+    module, name, signature, constants, attributes, options, capability = job
+    kernel = getattr(import_module(module), name)
+    target = GPUTarget("cuda", capability, 32)
+    triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+    return 1
 
 
 def compile_recorded(recorded: Recorded, capability: int = 90) -> Compiled:

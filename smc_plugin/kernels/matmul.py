@@ -1,14 +1,16 @@
 """Skinny matrix products that stream the weights once, with what surrounds them fused in.
 
-    linear:   [RMS norm of x] @ w [+ bias] [+ residual]
-    gated:    [RMS norm of x] @ (gate | up), then silu(gate) * up: [rows, inner] to [rows, f]
-    rms_norm: the norm alone
+    linear:           x @ w [+ bias] [+ residual]
+    linear_and_norm:  y = x @ w + residual, and what the next product needs of y's RMS norm
+    gated:            x @ (gate | up), then silu(gate) * up: [rows, inner] to [rows, f]
+    rms_norm:         the norm alone
 
 The rows are few (a draft step has 8, a score pass 72), so the time is that of reading the weights: tiles of w go through
-shared memory, products accumulate in float32. The norm's weight scales x's tile, its 1/rms scales the
-accumulator at the end: no pass over x beforehand. Narrow matrices are split over the inner dimension too; the last
-program to finish a tile sums the parts in order, so results do not depend on timing. Under programmatic dependent launch a
-program asks for its first weights before it waits for the kernel that makes x.
+shared memory, products accumulate in float32. An RMS norm costs no pass and no work in the loop: the product that makes
+y also writes y times the norm's weight and the sums of y² over its columns (`Prenormed`), and the product that
+consumes it multiplies its accumulator by 1/rms at the end. Narrow matrices are split over the inner dimension too; the
+last program to finish a tile sums the parts in order, so results do not depend on timing. Under programmatic dependent
+launch a program asks for its first weights before it waits for the kernel that makes x.
 
 Example: Llama-1B's o projection, 8 rows, 2048 -> 2048, is 64 column tiles of 32 times 4 splits = 256 programs, each of
 which streams 512 * 32 weights (32 kB).
@@ -34,29 +36,36 @@ from smc_plugin.kernels.launch import (
     sm_count,
     wait_for_inputs,
 )
+from smc_plugin.tactic import Tactic
 
-_MAX_FUSED_NORM_ROWS = 32  # beyond, normalising x again in every column tile costs more than a launch
+__all__ = [
+    "Prenormed",
+    "Tactic",
+    "candidate_tactics",
+    "default_tactic",
+    "gated",
+    "linear",
+    "linear_and_norm",
+    "rms_norm",
+]
+
 _SHARED_BYTES = 200 * 1024  # what a program may take on Hopper, with some room
+_PREFETCH_BYTES = 32 * 1024  # of each program's weights before it waits
 
 
 @dataclass(frozen=True)
-class Tactic:
-    """How a product is cut into programs.
+class Prenormed:
+    """A matrix x on its way through an RMS norm: norm(x) = values / sqrt(sum over squares / width + eps), row by row.
 
     Args:
-        rows, columns, inner: the tile; powers of two, at least 16.
-        splits: parts of the inner dimension.
-        num_warps, num_stages: of a program.
-        fuse_norm: normalise inside the product rather than in a launch before it.
+        values: [rows, width], x times the norm's weight, in x's dtype.
+        squares: [parts, rows] float32, sums of x² over stretches of columns.
+        eps: of the norm.
     """
 
-    rows: int
-    columns: int
-    inner: int
-    splits: int
-    num_warps: int
-    num_stages: int
-    fuse_norm: bool
+    values: Tensor
+    squares: Tensor
+    eps: float
 
 
 @triton.jit
@@ -74,18 +83,20 @@ def _prefetch(pointers):
 
 @triton.jit
 def _prefetch_weights(
-    weight, inner_stride, column_stride, start, column, inner, columns, INNER_MAJOR: tl.constexpr, LINES: tl.constexpr
-):
-    """Ask for the first part of a program's weights, a line of 128 bytes (64 elements) a pointer."""
+    weight, inner_stride, column_stride, start, column, inner, columns,
+    INNER_MAJOR: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Ask for the first AHEAD inner rows of a program's weights, a line of 128 bytes (64 elements) a pointer."""
     if INNER_MAJOR:
-        # w is stored [columns, inner]: two lines along the inner dimension for each of 64 columns.
-        line = tl.arange(0, LINES)
-        at = tl.minimum(column + line % 64, columns - 1).to(tl.int64) * column_stride
-        _prefetch(weight + at + tl.minimum(start + line // 64 * 64, inner - 1))
+        LINES: tl.constexpr = (AHEAD + 63) // 64
+        line = tl.arange(0, COLUMNS * LINES)
+        at = tl.minimum(column + line % COLUMNS, columns - 1).to(tl.int64) * column_stride
+        _prefetch(weight + at + tl.minimum(start + line // COLUMNS * 64, inner - 1))
     else:
-        line = tl.arange(0, LINES)
-        at = tl.minimum(start + line, inner - 1).to(tl.int64) * inner_stride
-        _prefetch(weight + at + column)
+        LINES: tl.constexpr = (COLUMNS + 63) // 64
+        line = tl.arange(0, AHEAD * LINES)
+        at = tl.minimum(start + line // LINES, inner - 1).to(tl.int64) * inner_stride
+        _prefetch(weight + at + tl.minimum(column + line % LINES * 64, columns - 1))
 
 
 @triton.jit
@@ -98,6 +109,18 @@ def _load_weights(pointers, is_inner, is_column, EVEN_INNER: tl.constexpr, EVEN_
 
 
 @triton.jit
+def _one_over_rms(squares, num_parts, row, is_row, num_rows, width, eps, ROWS: tl.constexpr, PARTS: tl.constexpr):
+    """[ROWS] float32: 1 / sqrt(mean square + eps) from [num_parts, num_rows] sums of squares."""
+    part = tl.arange(0, PARTS)
+    total = tl.zeros([ROWS, PARTS], tl.float32)
+    for first in range(0, num_parts, PARTS):
+        at = (first + part)[None, :] * num_rows + row[:, None]
+        total += tl.load(squares + at, mask=is_row[:, None] & (first + part < num_parts)[None, :], other=0.0)
+    return tl.rsqrt(tl.sum(total, axis=1) / width + eps)
+
+
+# A machine code for each number of rows or parts would help nobody, and take a second each to compile.
+@triton.jit(do_not_specialize=["num_rows", "num_parts", "num_splits"])
 def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decided at compile time
     x,
     x_stride,
@@ -105,22 +128,26 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
     inner_stride,
     column_stride,
     bias,
-    norm_weight,
+    squares,
+    num_parts,
+    eps,
     residual,
     out,
+    next_norm,
+    next_values,
+    next_squares,
     acc_parts,
-    square_parts,
     arrivals,
-    eps,
     num_rows,
     columns,
     inner,
     inner_per_split,
     num_splits,
-    NORM: tl.constexpr,
+    PRENORMED: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    NORM_NEXT: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN_INNER: tl.constexpr,
     EVEN_COLUMNS: tl.constexpr,
@@ -128,16 +155,24 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
+    PARTS: tl.constexpr,
+    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     column_tile, split, row_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = split * inner_per_split
     stop = tl.minimum(start + inner_per_split, inner)
     let_next_start(PDL)
-    if PDL:
+    if PDL and PREFETCH > 0:
         _prefetch_weights(
-            weight, inner_stride, column_stride, start, column_tile * COLUMNS, inner, columns, INNER_MAJOR, 256
-        )
+            weight, inner_stride, column_stride, start, column_tile * COLUMNS, inner, columns,
+            INNER_MAJOR, COLUMNS, PREFETCH,
+        )  # fmt: skip
+        if GATED:
+            _prefetch_weights(
+                weight + columns * column_stride, inner_stride, column_stride, start, column_tile * COLUMNS, inner,
+                columns, INNER_MAJOR, COLUMNS, PREFETCH,
+            )  # fmt: skip
     wait_for_inputs(PDL)
     row = row_tile * ROWS + tl.arange(0, ROWS)
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -145,10 +180,6 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
     source = column.to(tl.int64) * column_stride
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     up_acc = acc
-    # Summed over the tile after the loop: a reduction in every turn would stop the stream of weights.
-    square_tile = tl.zeros([ROWS, INNER], tl.float32)
-    ahead = start + tl.arange(0, INNER)
-    scale = tl.load(norm_weight + ahead, mask=ahead < stop, other=0.0) if NORM else 0.0
     for at in range(start, stop, INNER):
         k = at + tl.arange(0, INNER)
         x_at = x + row.to(tl.int64)[:, None] * x_stride + k[None, :]
@@ -159,19 +190,12 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
         else:
             tile = tl.load(x_at, mask=is_row[:, None] & (k < stop)[None, :], other=0.0)
         w = _load_weights(w_at, k < stop, is_column, EVEN_INNER, EVEN_COLUMNS)
-        if NORM:
-            wide = tile.to(tl.float32)
-            square_tile += wide * wide
-            tile = tile * scale[None, :]
-            # For the next turn: such a narrow load is not pipelined, and its latency would show in every turn.
-            scale = tl.load(norm_weight + k + INNER, mask=k + INNER < stop, other=0.0)
         acc = tl.dot(tile, w, acc, input_precision="ieee")
         if GATED:
             up_at = w_at + columns * column_stride
             up = _load_weights(up_at, k < stop, is_column, EVEN_INNER, EVEN_COLUMNS)
             up_acc = tl.dot(tile, up, up_acc, input_precision="ieee")
 
-    squares = tl.sum(square_tile, axis=1)
     writes = True
     if SPLIT:
         MATRICES: tl.constexpr = 2 if GATED else 1
@@ -182,26 +206,21 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
         tl.store(part, acc)
         if GATED:
             tl.store(part + ROWS * COLUMNS, up_acc)
-        if NORM:
-            tl.store(square_parts + (first + split) * ROWS + tl.arange(0, ROWS), squares)
         writes = is_last_arrival(arrivals + tile_index, num_splits)
         if writes:
             acc = tl.zeros([ROWS, COLUMNS], tl.float32)
             up_acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-            squares = tl.zeros([ROWS], tl.float32)
             for other in range(num_splits):
                 # .cg: other programs wrote these while this one ran; its first-level cache may not know.
                 part = acc_parts + (first + other) * MATRICES * ROWS * COLUMNS + own
                 acc += tl.load(part, cache_modifier=".cg")
                 if GATED:
                     up_acc += tl.load(part + ROWS * COLUMNS, cache_modifier=".cg")
-                if NORM:
-                    squares += tl.load(square_parts + (first + other) * ROWS + tl.arange(0, ROWS), cache_modifier=".cg")
     if writes:
-        if NORM:
-            per_row = tl.rsqrt(squares / inner + eps)[:, None]
-            acc = acc * per_row
-            up_acc = up_acc * per_row
+        if PRENORMED:
+            scale = _one_over_rms(squares, num_parts, row, is_row, num_rows, inner, eps, ROWS, PARTS)[:, None]
+            acc = acc * scale
+            up_acc = up_acc * scale
         if BIAS:
             acc += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
         if GATED:
@@ -210,7 +229,14 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
         inside = is_row[:, None] & is_column[None, :]
         if RESIDUAL:
             acc += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside)
+        result = acc.to(out.dtype.element_ty)
+        tl.store(out + place, result, mask=inside)
+        if NORM_NEXT:
+            # Of the rounded values, which is what the residual stream holds; beyond the columns they are 0.
+            wide = tl.where(inside, result.to(tl.float32), 0.0)
+            weights = tl.load(next_norm + column, mask=is_column, other=0.0).to(tl.float32)
+            tl.store(next_values + place, (wide * weights[None, :]).to(out.dtype.element_ty), mask=inside)
+            tl.store(next_squares + column_tile * num_rows + row, tl.sum(wide * wide, axis=1), mask=is_row)
 
 
 @triton.jit
@@ -262,6 +288,12 @@ def _tile_bytes(columns: int, inner: int, rows: int, gated: bool, stages: int) -
     return 2 * stages * inner * (columns * (2 if gated else 1) + rows)
 
 
+def _prefetch_rows(columns: int, gated: bool, inner_per_split: int) -> int:
+    """Inner rows that make _PREFETCH_BYTES of 16-bit weights, no more than a program has."""
+    wanted = _PREFETCH_BYTES // (2 * columns * (2 if gated else 1))
+    return min(wanted, 1 << (max(inner_per_split, 1).bit_length() - 1))
+
+
 def default_tactic(rows: int, columns: int, inner: int, gated: bool, sms: int) -> Tactic:
     """A tactic that fits without measuring: about two programs a multiprocessor, tiles of 64 to 128 inner elements.
 
@@ -280,7 +312,8 @@ def default_tactic(rows: int, columns: int, inner: int, gated: bool, sms: int) -
     splits = 1
     while programs * splits * 2 <= 3 * sms and inner // (splits * 2) >= 2 * tile_inner:
         splits *= 2
-    return Tactic(tile_rows, tile_columns, tile_inner, splits, 4, 4, fuse_norm=rows <= _MAX_FUSED_NORM_ROWS)
+    prefetch = _prefetch_rows(tile_columns, gated, inner // splits)
+    return Tactic(tile_rows, tile_columns, tile_inner, splits, 4, 4, prefetch)
 
 
 def candidate_tactics(rows: int, columns: int, inner: int, gated: bool, sms: int) -> list[Tactic]:
@@ -292,58 +325,63 @@ def candidate_tactics(rows: int, columns: int, inner: int, gated: bool, sms: int
     default = default_tactic(rows, columns, inner, gated, sms)
     found = {default: None}
     for tile_columns, tile_inner, splits, stages in itertools.product(
-        (32, 64, 128), (64, 128), (1, 2, 4, 8), (3, 4, 5)
+        (32, 64, 128), (64, 128), (1, 2, 4, 8), (3, 4, 6)
     ):
         programs = cdiv(columns, tile_columns) * cdiv(rows, default.rows) * splits
         fits = _tile_bytes(tile_columns, tile_inner, default.rows, gated, stages) <= _SHARED_BYTES
         fills = sms <= 2 * programs and (splits == 1 or programs <= 6 * sms)
         if fits and fills and inner // splits >= 2 * tile_inner:
             warps = 8 if default.rows * tile_columns >= 128 * 128 else 4
-            found[Tactic(default.rows, tile_columns, tile_inner, splits, warps, stages, default.fuse_norm)] = None
+            prefetch = _prefetch_rows(tile_columns, gated, inner // splits)
+            found[Tactic(default.rows, tile_columns, tile_inner, splits, warps, stages, prefetch)] = None
     return list(found)
 
 
 def _linear(
-    x: Tensor,
+    x: Tensor | Prenormed,
     weight: Tensor,
     bias: Tensor | None,
-    norm: tuple[Tensor, float] | None,
     residual: Tensor | None,
+    norm: tuple[Tensor, float] | None,
     transpose_w: bool,
     gated: bool,
     dtype: torch.dtype | None,
     tactic: Tactic | None,
-) -> Tensor:
+) -> tuple[Tensor, Prenormed | None]:
+    prenormed, x = (x, x.values) if isinstance(x, Prenormed) else (None, x)
     rows, inner = x.shape
     width = weight.shape[0] if transpose_w else weight.shape[1]
     columns = width // 2 if gated else width
     device = x.device
     tactic = tactic or default_tactic(rows, columns, inner, gated, sm_count(device))
-    if norm is not None and not tactic.fuse_norm:
-        x, norm = rms_norm(x, *norm), None
     out = torch.empty((rows, columns), dtype=dtype or x.dtype, device=device)
     # Whole tiles in every split, so that only the last can be ragged.
     inner_per_split = cdiv(cdiv(inner, tactic.splits), tactic.inner) * tactic.inner
     splits = cdiv(inner, inner_per_split)
     grid = (cdiv(columns, tactic.columns), splits, cdiv(rows, tactic.rows))
-    acc_parts = square_parts = arrivals = out
+    acc_parts = arrivals = out
     if splits > 1:
-        parts = grid[0] * grid[2] * splits
         elements = tactic.rows * tactic.columns * (2 if gated else 1)
-        acc_parts = torch.empty((parts, elements), dtype=torch.float32, device=device)
-        square_parts = torch.empty((parts, tactic.rows), dtype=torch.float32, device=device)
+        acc_parts = torch.empty((grid[0] * grid[2] * splits, elements), dtype=torch.float32, device=device)
         arrivals = counters(device, grid[0] * grid[2])
+    following = None
+    if norm is not None:
+        squares = torch.empty((grid[0], rows), dtype=torch.float32, device=device)
+        following = Prenormed(torch.empty_like(out), squares, norm[1])
+    num_parts = 0 if prenormed is None else prenormed.squares.shape[0]
     launch(
         _linear_kernel,
         grid,
         *(x, x.stride(0), weight, weight.stride(1 if transpose_w else 0), weight.stride(0 if transpose_w else 1)),
-        *(x if bias is None else bias, x if norm is None else norm[0], x if residual is None else residual, out),
-        *(acc_parts, square_parts, arrivals, 0.0 if norm is None else norm[1]),
-        *(rows, columns, inner, inner_per_split, splits),
-        NORM=norm is not None,
+        *(x if bias is None else bias, x if prenormed is None else prenormed.squares, num_parts),
+        *(0.0 if prenormed is None else prenormed.eps, x if residual is None else residual, out),
+        *((out, out, out) if following is None or norm is None else (norm[0], following.values, following.squares)),
+        *(acc_parts, arrivals, rows, columns, inner, inner_per_split, splits),
+        PRENORMED=prenormed is not None,
         BIAS=bias is not None,
         GATED=gated,
         RESIDUAL=residual is not None,
+        NORM_NEXT=following is not None,
         SPLIT=splits > 1,
         EVEN_INNER=inner % tactic.inner == 0,
         EVEN_COLUMNS=columns % tactic.columns == 0,
@@ -351,47 +389,66 @@ def _linear(
         ROWS=tactic.rows,
         COLUMNS=tactic.columns,
         INNER=tactic.inner,
+        PARTS=max(16, 4096 // tactic.rows),  # a tile that fits the registers and rarely takes a second turn
+        PREFETCH=tactic.prefetch,
         num_warps=tactic.num_warps,
         num_stages=tactic.num_stages,
     )
-    return out
+    return out, following
 
 
 def linear(
-    x: Tensor,
+    x: Tensor | Prenormed,
     weight: Tensor,
     bias: Tensor | None = None,
-    norm: tuple[Tensor, float] | None = None,
     residual: Tensor | None = None,
     transpose_w: bool = False,
     dtype: torch.dtype | None = None,
     tactic: Tactic | None = None,
 ) -> Tensor:
-    """rms_norm(x) @ weight + bias + residual, each part but the product optional.
+    """x @ weight + bias + residual, each part but the product optional.
 
     Args:
-        x: [rows, inner], columns contiguous.
+        x: [rows, inner], columns contiguous; a `Prenormed` one is normalised first.
         weight: [inner, columns], or [columns, inner] with transpose_w; contiguous, x's dtype.
         bias: [columns].
-        norm: ([inner] weight, eps).
         residual: [rows, columns], contiguous.
         dtype: of the result, x's by default.
         tactic: how to cut the work; None takes default_tactic.
     Returns:
         [rows, columns]; sums are made in float32 and rounded once.
     """
-    return _linear(x, weight, bias, norm, residual, transpose_w, False, dtype, tactic)
+    return _linear(x, weight, bias, residual, None, transpose_w, False, dtype, tactic)[0]
 
 
-def gated(x: Tensor, weight: Tensor, norm: tuple[Tensor, float] | None = None, tactic: Tactic | None = None) -> Tensor:
-    """silu(h @ gate) * (h @ up) with h = rms_norm(x) or x.
+def linear_and_norm(
+    x: Tensor | Prenormed,
+    weight: Tensor,
+    residual: Tensor,
+    norm: tuple[Tensor, float],
+    tactic: Tactic | None = None,
+) -> tuple[Tensor, Prenormed]:
+    """y = x @ weight + residual, and y on its way through an RMS norm.
 
     Args:
-        x: [rows, inner], columns contiguous.
+        x, weight, residual, tactic: see `linear`.
+        norm: ([columns] weight, eps) of the norm.
+    Returns:
+        y [rows, columns], and what the product after the norm takes in place of norm(y).
+    """
+    out, following = _linear(x, weight, None, residual, norm, False, False, None, tactic)
+    assert following is not None
+    return out, following
+
+
+def gated(x: Tensor | Prenormed, weight: Tensor, tactic: Tactic | None = None) -> Tensor:
+    """silu(x @ gate) * (x @ up).
+
+    Args:
+        x: [rows, inner], columns contiguous; a `Prenormed` one is normalised first.
         weight: [inner, 2 f], gate first; contiguous, x's dtype.
-        norm: ([inner] weight, eps).
         tactic: how to cut the work; None takes default_tactic.
     Returns:
         [rows, f] in x's dtype.
     """
-    return _linear(x, weight, None, norm, None, False, True, None, tactic)
+    return _linear(x, weight, None, None, None, False, True, None, tactic)[0]

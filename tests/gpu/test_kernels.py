@@ -217,20 +217,22 @@ def exact_norm(x: Tensor, weight: Tensor) -> Tensor:
 def test_products(model: str, rows: int) -> None:
     hidden, qkv, ffn = PRODUCTS[model]
     x, residual, scale = normal(rows, hidden), normal(rows, hidden), normal(hidden)
-    w_qkv, w_down = normal(hidden, qkv) * 0.02, normal(ffn, hidden) * 0.02
+    w_o, w_qkv, w_down = (normal(*shape) * 0.02 for shape in ((hidden, hidden), (hidden, qkv), (ffn, hidden)))
     w_gate_up, bias = normal(hidden, 2 * ffn) * 0.02, normal(qkv)
 
-    def run() -> tuple[Tensor, Tensor, Tensor]:
-        first = matmul.linear(x, w_qkv, bias, (scale, EPS))
-        middle = matmul.gated(x, w_gate_up, (scale, EPS))
-        return first, middle, matmul.linear(middle, w_down, residual=residual)
+    def run() -> tuple[Tensor, ...]:
+        middle, normed = matmul.linear_and_norm(x, w_o, residual, (scale, EPS))
+        inner = matmul.gated(normed, w_gate_up)
+        last, normed = matmul.linear_and_norm(inner, w_down, middle, (scale, EPS))
+        return middle, inner, last, matmul.linear(normed, w_qkv, bias)
 
-    first, middle, last = captured(run, lambda outs: [out.fill_(float("nan")) for out in outs])
-    normed = exact_norm(x, scale)
-    assert relative_error(first, normed @ w_qkv.double() + bias.double()) < 1e-2
-    gate, up = (normed @ w_gate_up.double()).chunk(2, dim=-1)
-    assert relative_error(middle, functional.silu(gate) * up) < 1e-2
-    assert relative_error(last, middle.double() @ w_down.double() + residual.double()) < 1e-2
+    found = captured(run, lambda outs: [out.fill_(float("nan")) for out in outs])
+    middle, inner, last, out = found
+    assert relative_error(middle, x.double() @ w_o.double() + residual.double()) < 1e-2
+    gate, up = (exact_norm(middle, scale) @ w_gate_up.double()).chunk(2, dim=-1)
+    assert relative_error(inner, functional.silu(gate) * up) < 1e-2
+    assert relative_error(last, inner.double() @ w_down.double() + middle.double()) < 1e-2
+    assert relative_error(out, exact_norm(last, scale) @ w_qkv.double() + bias.double()) < 1e-2
     assert not launch.counters(x.device, 1).any()
 
 

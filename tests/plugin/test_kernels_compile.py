@@ -138,12 +138,12 @@ def test_sizes_of_one_compile() -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_products(model: str, rows: int) -> None:
     hidden, qkv, ffn, _ = MODELS[model]
-    norm = (meta(hidden), 1e-5)
+    norm, residual = (meta(hidden), 1e-5), meta(rows, hidden)
     with launch.recording() as recorded:
-        matmul.linear(meta(rows, hidden), meta(hidden, qkv), norm=norm)
-        matmul.linear(meta(rows, hidden), meta(hidden, hidden), residual=meta(rows, hidden))
-        matmul.gated(meta(rows, hidden), meta(hidden, 2 * ffn), norm)
-        matmul.linear(meta(rows, ffn), meta(ffn, hidden), residual=meta(rows, hidden))
+        _, normed = matmul.linear_and_norm(meta(rows, hidden), meta(hidden, hidden), residual, norm)
+        inner = matmul.gated(normed, meta(hidden, 2 * ffn))
+        _, normed = matmul.linear_and_norm(inner, meta(ffn, hidden), residual, norm)
+        matmul.linear(normed, meta(hidden, qkv))
         matmul.linear(meta(rows, hidden), meta(VOCAB, hidden), transpose_w=True, dtype=F32)
     for one in compile_all(recorded):
         assert one.spill_bytes == 0, one

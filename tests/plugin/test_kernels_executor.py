@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from smc_engines.config import DraftSchedule
 from smc_engines.outputs import RequestOutput
+from smc_engines.region_choice import RegionChoice
 from smc_engines.sampling_params import SamplingParams
+from smc_plugin.backend import KernelChoice
 from tests.toy import Toy, assert_empty, info_of, make_toy
 
 BASE = SamplingParams(num_particles=3, num_draft_tokens=2, max_tokens=7, temperature=1.0, return_particles=True, seed=5)
@@ -33,17 +36,17 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     return make_toy(folder, vocab_size=6, letters=True, max_seq_len=32, head_dim=16, noise=0.7)
 
 
-def run(toy: Toy, kernels: str, schedule: str = "deferred") -> list[RequestOutput]:
+def run(toy: Toy, kernels: KernelChoice, regions: RegionChoice, schedule: DraftSchedule) -> list[RequestOutput]:
     """Every case at once, so that groups share rounds and pages."""
-    executor = toy.executor(kernels=kernels, draft_schedule=schedule)
+    executor = toy.executor(kernels=kernels, regions=regions, draft_schedule=schedule)
     outputs = executor.generate([toy.prompt] * len(CASES), list(CASES.values()))
     assert_empty(executor)
     return outputs
 
 
 @pytest.mark.parametrize("schedule", ["deferred", "legacy"])
-def test_answers_are_those_of_the_reference(wide: Toy, schedule: str) -> None:
-    expected, found = run(wide, "reference", schedule), run(wide, "triton", schedule)
+def test_answers_are_those_of_the_reference(wide: Toy, schedule: DraftSchedule) -> None:
+    expected, found = run(wide, "reference", "torch", schedule), run(wide, "triton", "fused", schedule)
     resamples = 0
     for case, ours, theirs in zip(CASES, found, expected, strict=True):
         assert ours.token_ids == theirs.token_ids, case

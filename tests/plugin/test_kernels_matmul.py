@@ -6,14 +6,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from smc_plugin.kernels import matmul as kernels
-from smc_plugin.kernels.matmul import Tactic
+from smc_plugin.kernels.matmul import Prenormed, Tactic
 
 EPS = 1e-5
 TACTICS = {
     "default": None,
-    "split": Tactic(16, 32, 32, 3, 4, 3, fuse_norm=True),
-    "tall": Tactic(32, 16, 16, 1, 4, 3, fuse_norm=True),
-    "norm before": Tactic(16, 64, 64, 2, 4, 3, fuse_norm=False),
+    "split": Tactic(16, 32, 32, 3, 4, 3),
+    "tall": Tactic(32, 16, 16, 1, 4, 3),
+    "wide": Tactic(16, 64, 64, 2, 4, 3, prefetch=0),
 }
 
 
@@ -38,25 +38,43 @@ def poisoned(x: Tensor) -> Tensor:
     return wide[: x.shape[0], : x.shape[1]]
 
 
+def prenormed(x: Tensor, scale: Tensor, parts: int) -> Prenormed:
+    """What a product that made x hands to the next, with the columns in `parts` stretches."""
+    squares = torch.stack([part.square().sum(dim=-1) for part in x.chunk(parts, dim=-1)])
+    return Prenormed(x * scale, squares, EPS)
+
+
 @pytest.mark.parametrize("tactic", TACTICS)
 @pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 64, 32), (5, 96, 48), (18, 200, 66)])
 def test_linear_with_everything_around_it(tactic: str, rows: int, inner: int, columns: int) -> None:
     x, weight, bias, residual = normal(rows, inner), normal(inner, columns), normal(columns), normal(rows, columns)
     scale = normal(inner)
-    ours = kernels.linear(poisoned(x), weight, bias, (scale, EPS), residual, tactic=TACTICS[tactic])
+    ours = kernels.linear(prenormed(x, scale, 4), weight, bias, residual, tactic=TACTICS[tactic])
     assert_near(ours, norm(x, scale) @ weight.double() + bias.double() + residual.double())
     plain = kernels.linear(poisoned(x), weight.t().contiguous(), transpose_w=True, tactic=TACTICS[tactic])
     assert_near(plain, x.double() @ weight.double())
 
 
 @pytest.mark.parametrize("tactic", TACTICS)
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 64, 32), (5, 96, 48), (18, 200, 66)])
+def test_a_norm_between_two_products(tactic: str, rows: int, inner: int, columns: int) -> None:
+    x, weight, residual, scale = normal(rows, inner), normal(inner, columns), normal(rows, columns), normal(columns)
+    second = normal(columns, 40)
+    ours, following = kernels.linear_and_norm(poisoned(x), weight, residual, (scale, EPS), TACTICS[tactic])
+    expected = x.double() @ weight.double() + residual.double()
+    assert_near(ours, expected)
+    assert_near(following.squares.sum(dim=0), expected.square().sum(dim=-1))
+    assert_near(kernels.linear(following, second, tactic=TACTICS[tactic]), norm(expected, scale) @ second.double())
+
+
+@pytest.mark.parametrize("tactic", TACTICS)
 def test_gated(tactic: str) -> None:
     x, weight, scale = normal(6, 96), normal(96, 100), normal(96)
     gate, up = (norm(x, scale) @ weight.double()).chunk(2, dim=-1)
-    ours = kernels.gated(poisoned(x), weight, (scale, EPS), tactic=TACTICS[tactic])
+    ours = kernels.gated(prenormed(x, scale, 3), weight, tactic=TACTICS[tactic])
     assert_near(ours, functional.silu(gate) * up)
     gate, up = (x.double() @ weight.double()).chunk(2, dim=-1)
-    assert_near(kernels.gated(x, weight, tactic=TACTICS[tactic]), functional.silu(gate) * up)
+    assert_near(kernels.gated(poisoned(x), weight, tactic=TACTICS[tactic]), functional.silu(gate) * up)
 
 
 def test_half_precision_accumulates_in_float32() -> None:
@@ -73,11 +91,14 @@ def test_rms_norm() -> None:
 
 
 def test_rows_do_not_notice_each_other() -> None:
-    x, weight, scale = normal(7, 64), normal(64, 32), normal(64)
+    x, weight, residual, scale = normal(7, 64), normal(64, 64), normal(7, 64), normal(64)
     broken = x.clone()
     broken[3] = float("nan")
-    whole = kernels.linear(x, weight, norm=(scale, EPS))
-    ours = kernels.linear(broken, weight, norm=(scale, EPS))
+
+    def run(given: Tensor) -> Tensor:
+        return kernels.linear(kernels.linear_and_norm(given, weight, residual, (scale, EPS))[1], weight)
+
+    whole, ours = run(x), run(broken)
     rest = [0, 1, 2, 4, 5, 6]
     assert torch.equal(ours[rest], whole[rest])
     assert ours[3].isnan().all()
@@ -85,7 +106,7 @@ def test_rows_do_not_notice_each_other() -> None:
 
 def test_counters_are_zero_again_after_a_split_product() -> None:
     x, weight = normal(4, 256), normal(256, 64)
-    tactic = Tactic(16, 32, 32, 4, 4, 3, fuse_norm=True)
+    tactic = Tactic(16, 32, 32, 4, 4, 3)
     first = kernels.linear(x, weight, tactic=tactic)
     assert torch.equal(kernels.linear(x, weight, tactic=tactic), first)
     assert not kernels.counters(x.device, 1).any()

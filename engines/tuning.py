@@ -1,0 +1,249 @@
+"""Times who computes each region fastest on the GPU present, and how to cut each product: `smc-build --tune`.
+
+First every product of the fused runner gets the best of its candidate tactics, timed inside the chain it belongs to: all
+blocks of the model one after the other, as a forward pass runs them, so that weights come from memory and not from a
+cache. Then each runner is timed on each region. Everything is timed as CUDA graphs, launch gaps included.
+
+Example, Llama-1B at 8 rows on one H100: 15 blocks of 121 MB as one graph; o, gate_up, down and qkv try about ten
+tactics each; then fused, plans and torch run the same 15 blocks, and the least time per block is the choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smc_build.engine_dir import Role
+from smc_build.model_config import ModelConfig
+from smc_build.network import ROWS, layer_inputs, region_specs
+from smc_build.plans import used_regions
+from smc_engines.engine import Engine
+from smc_engines.fused_regions import PRODUCTS, FusedRegions
+from smc_engines.region_choice import MAX_FUSED_ROWS, choose_regions, make_runners
+from smc_engines.regions import RegionRunner
+from smc_engines.tactics import ModelTactics, RegionTimes, Runner
+from smc_plugin.errors import ConfigError
+from smc_plugin.tactic import Tactic
+
+# Weights that fit the L2 cache would be timed from there; between such calls this much is overwritten.
+_FLUSH_BYTES = 256 << 20
+_REPLAYS = 5
+_GAIN = 0.99  # another tactic must be at least 1 % faster than the one so far
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Calls of one region that together read its weights from memory: [(region, layer)], and whether to flush between."""
+
+    calls: tuple[tuple[str, int | None], ...]
+    flush: bool
+
+
+def tune_engine(
+    engine: Engine, rows: Sequence[int] | None = None, candidates: int = 12, say: Say = print
+) -> dict[str, Any]:
+    """Time an engine's regions on its GPU and let it use the fastest from now on.
+
+    Args:
+        engine: on a GPU; nothing may run on it meanwhile.
+        rows: numbers of rows to time; None takes the manifest's buckets.
+        candidates: tactics to try for each product at each number of rows.
+        say: takes a line of progress.
+    Returns:
+        what belongs into the manifest's `tactics`.
+    Raises:
+        ConfigError: there is no GPU, or triton is missing.
+    """
+    if engine.device.type != "cuda":
+        raise ConfigError(f"tuning needs a CUDA GPU, the engine is on {engine.device}: run it on the GPU machine")
+    manifest = engine.manifest
+    models: dict[Role, ModelTactics] = {}
+    for role, model in engine.models.items():
+        wanted: set[Runner] = {"fused", "plans"} if engine.plan_folder is not None else {"fused"}
+        runners = make_runners(wanted, manifest, role, model.weights, None, engine.plan_folder, None)
+        tuner = Tuner(
+            manifest.model(role).config, model.weights, runners, lambda text, role=role: say(f"{role}: {text}")
+        )
+        models[role] = tuner.tune(tuple(rows or manifest.row_buckets), candidates)
+    gpu = torch.cuda.get_device_name(engine.device)
+    tactics = {"gpu": gpu, "models": {role: found.to_dict() for role, found in models.items()}}
+    engine.manifest = dataclasses.replace(manifest, tactics=tactics)
+    for role, model in engine.models.items():
+        model.regions = choose_regions(
+            engine.config.regions, engine.manifest, role, model.weights, engine.plan_folder, None
+        )
+    return tactics
+
+
+class Tuner:
+    """Times one model's regions.
+
+    Args:
+        config, weights: the model, on the GPU.
+        runners: by name, "fused" among them.
+        say: takes a line of progress.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        runners: Mapping[Runner, RegionRunner],
+        say: Say,
+    ) -> None:
+        self._config = config
+        self._weights = weights
+        self._runners = runners
+        self._say = say
+        self._specs = region_specs(config, weights["embed"].dtype)
+        fused = runners["fused"]
+        assert isinstance(fused, FusedRegions)
+        self._fused = fused
+        self._flush = torch.empty(_FLUSH_BYTES // 4, dtype=torch.float32, device=weights["embed"].device)
+        self._flush_us = self._graph_us([self._flush.zero_] * 8) / 8
+
+    def tune(self, rows: Sequence[int], candidates: int) -> ModelTactics:
+        """Find the fastest tactics and runners for each number of rows."""
+        few = [count for count in rows if count <= MAX_FUSED_ROWS]
+        self._precompile(few, candidates)
+        products: dict[str, dict[int, Tactic]] = {name: {} for name in PRODUCTS}
+        for count, name in itertools.product(few, PRODUCTS):
+            products[name][count] = self._tune_product(name, count, candidates)
+        regions: dict[str, dict[int, RegionTimes]] = {}
+        for region in used_regions(self._config):
+            regions[region] = {count: self._compare(region, count) for count in rows}
+        return ModelTactics(regions, products)
+
+    def _tune_product(self, name: str, rows: int, limit: int) -> Tactic:
+        """The fastest tactic of one product, the others as found so far."""
+        chain = self._chain(_region_of(name, self._config))
+        best, best_us = None, float("inf")
+        for tactic in self._candidates(name, rows, limit):
+            self._fused.choose(name, rows, tactic)
+            us = self._chain_us(self._fused, chain, rows)
+            if us < best_us * _GAIN:
+                best, best_us = tactic, us
+        assert best is not None
+        self._fused.choose(name, rows, best)
+        self._say(f"{name:8} {rows:4} rows  {best_us:8.1f} us a {chain.calls[0][0]}  {best}")
+        return best
+
+    def _compare(self, region: str, rows: int) -> RegionTimes:
+        """Time every runner on one region."""
+        chain, times = self._chain(region), {}
+        for name, runner in self._runners.items():
+            if name != "fused" or rows <= MAX_FUSED_ROWS:
+                times[name] = round(self._chain_us(runner, chain, rows), 2)
+        choice = min(times, key=lambda name: times[name])
+        shown = "  ".join(f"{name} {us:.1f}" for name, us in times.items())
+        self._say(f"{region:8} {rows:4} rows  {choice:6} (us: {shown})")
+        return RegionTimes(choice, times)
+
+    def _chain(self, region: str) -> Chain:
+        last = self._config.num_layers - 1
+        layers: Iterable[int | None] = range(last) if region == "block" else [None]
+        calls = tuple((region, layer) for layer in layers)
+        bound = layer_inputs(self._config, region, 0 if region == "block" else None)
+        num_bytes = len(calls) * sum(self._weights[name].nbytes for name in bound.values())
+        return Chain(calls if len(calls) >= 4 else calls * 4, num_bytes < _FLUSH_BYTES)
+
+    def _chain_us(self, runner: RegionRunner, chain: Chain, rows: int) -> float:
+        """Microseconds of one region of a chain, flushes not counted."""
+        given = self._activations(chain.calls[0][0], rows)
+        calls: list[Callable[[], object]] = []
+        for region, layer in chain.calls:
+            if chain.flush:
+                calls.append(self._flush.zero_)
+            calls.append(lambda region=region, layer=layer: runner.run(region, layer, given))
+        count = len(chain.calls)
+        us = self._graph_us(calls) / count
+        return us - self._flush_us if chain.flush else us
+
+    def _activations(self, region: str, rows: int) -> dict[str, Tensor]:
+        bound = layer_inputs(self._config, region, 0 if region == "block" else None)
+        embed = self._weights["embed"]
+        generator = torch.Generator(embed.device).manual_seed(rows)
+        return {
+            spec.name: torch.randn(
+                [rows if size == ROWS else int(size) for size in spec.shape], generator=generator, device=embed.device
+            ).to(embed.dtype)
+            for spec in self._specs[region].inputs
+            if spec.name not in bound
+        }
+
+    @staticmethod
+    def _graph_us(calls: Sequence[Callable[[], object]]) -> float:
+        """Median microseconds of a graph of all calls."""
+        for call in calls[:2]:
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        times = []
+        for replay in range(_REPLAYS + 2):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if replay >= 2:
+                times.append(begin.elapsed_time(end) * 1000)
+        return statistics.median(times)
+
+    def _candidates(self, name: str, rows: int, limit: int) -> list[Tactic]:
+        from smc_plugin.kernels import launch, matmul  # noqa: PLC0415 - importing them needs triton
+
+        columns, inner = self._sizes(name)
+        sms = launch.sm_count(self._weights["embed"].device)
+        return matmul.candidate_tactics(rows, columns, inner, name == "gate_up", sms)[:limit]
+
+    def _sizes(self, name: str) -> tuple[int, int]:
+        """Columns and inner dimension of a product."""
+        config = self._config
+        h, f = config.hidden_size, config.ffn_size
+        return {
+            "qkv": (config.qkv_size, h),
+            "o": (h, config.q_size),
+            "gate_up": (f, h),
+            "down": (h, f),
+            "head": (config.vocab_size, h),
+        }[name]
+
+    def _precompile(self, rows: Sequence[int], limit: int) -> None:
+        """Compile what is going to be timed on all cores: one after the other it would take minutes."""
+        from smc_plugin.kernels import launch  # noqa: PLC0415 - importing them needs triton
+        from smc_plugin.kernels.compile import precompile  # noqa: PLC0415
+
+        meta = {name: tensor.to("meta") for name, tensor in self._weights.items()}
+        runner = FusedRegions(self._config, meta)
+        with launch.recording() as recorded:
+            for name, count in itertools.product(PRODUCTS, rows):
+                region = _region_of(name, self._config)
+                given = {key: tensor.to("meta") for key, tensor in self._activations(region, count).items()}
+                for tactic in self._candidates(name, count, limit):
+                    runner.choose(name, count, tactic)
+                    runner.run(region, 0 if region == "block" else None, given)
+                runner.choose(name, count, None)
+        capability = torch.cuda.get_device_capability(self._weights["embed"].device)
+        compiled = precompile(recorded, capability[0] * 10 + capability[1])
+        self._say(f"{compiled} kernels compiled")
+
+
+def _region_of(product: str, config: ModelConfig) -> str:
+    """The region whose chain times a product."""
+    if product == "head":
+        return "head"
+    if config.num_layers > 1:
+        return "block"
+    return "entry" if product == "qkv" else "exit"
