@@ -144,7 +144,10 @@ class Engine:
     @property
     def models(self) -> dict[Role, PagedModel]:
         """The models by role; there may be no draft."""
-        return {"target": self.target} | ({"draft": self.draft} if self.draft is not None else {})
+        models: dict[Role, PagedModel] = {"target": self.target}
+        if self.draft is not None:
+            models["draft"] = self.draft
+        return models
 
     def max_blocks(self) -> int:
         """Blocks of the longest block table, with room for the round that an ended request may idle through."""
