@@ -109,14 +109,11 @@ def _load_weights(pointers, is_inner, is_column, EVEN_INNER: tl.constexpr, EVEN_
 
 
 @triton.jit
-def _one_over_rms(squares, num_parts, row, is_row, num_rows, width, eps, ROWS: tl.constexpr, PARTS: tl.constexpr):
-    """[ROWS] float32: 1 / sqrt(mean square + eps) from [num_parts, num_rows] sums of squares."""
-    part = tl.arange(0, PARTS)
-    total = tl.zeros([ROWS, PARTS], tl.float32)
-    for first in range(0, num_parts, PARTS):
-        at = (first + part)[None, :] * num_rows + row[:, None]
-        total += tl.load(squares + at, mask=is_row[:, None] & (first + part < num_parts)[None, :], other=0.0)
-    return tl.rsqrt(tl.sum(total, axis=1) / width + eps)
+def _load_squares(squares, first, num_parts, row, is_row, num_rows, PARTS: tl.constexpr):
+    """[ROWS, PARTS] float32 sums of squares from `first` on, 0 beyond num_parts."""
+    part = first + tl.arange(0, PARTS)
+    inside = is_row[:, None] & (part < num_parts)[None, :]
+    return tl.load(squares + part[None, :] * num_rows + row[:, None], mask=inside, other=0.0)
 
 
 # A machine code for each number of rows or parts would help nobody, and take a second each to compile.
@@ -178,6 +175,11 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     is_row, is_column = row < num_rows, column < columns
     source = column.to(tl.int64) * column_stride
+    place = row.to(tl.int64)[:, None] * columns + column[None, :]
+    inside = is_row[:, None] & is_column[None, :]
+    # Asked for here and used after the loop, so that the end of a program waits for as little as possible.
+    parts = _load_squares(squares, 0, num_parts, row, is_row, num_rows, PARTS) if PRENORMED else 0.0
+    added = tl.load(residual + place, mask=inside, other=0.0) if RESIDUAL else 0.0
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     up_acc = acc
     for at in range(start, stop, INNER):
@@ -203,9 +205,9 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
         own = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         first = tile_index.to(tl.int64) * num_splits
         part = acc_parts + (first + split) * MATRICES * ROWS * COLUMNS + own
-        tl.store(part, acc)
+        tl.store(part, acc, mask=is_row[:, None])
         if GATED:
-            tl.store(part + ROWS * COLUMNS, up_acc)
+            tl.store(part + ROWS * COLUMNS, up_acc, mask=is_row[:, None])
         writes = is_last_arrival(arrivals + tile_index, num_splits)
         if writes:
             acc = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -213,22 +215,22 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
             for other in range(num_splits):
                 # .cg: other programs wrote these while this one ran; its first-level cache may not know.
                 part = acc_parts + (first + other) * MATRICES * ROWS * COLUMNS + own
-                acc += tl.load(part, cache_modifier=".cg")
+                acc += tl.load(part, mask=is_row[:, None], other=0.0, cache_modifier=".cg")
                 if GATED:
-                    up_acc += tl.load(part + ROWS * COLUMNS, cache_modifier=".cg")
+                    up_acc += tl.load(part + ROWS * COLUMNS, mask=is_row[:, None], other=0.0, cache_modifier=".cg")
     if writes:
         if PRENORMED:
-            scale = _one_over_rms(squares, num_parts, row, is_row, num_rows, inner, eps, ROWS, PARTS)[:, None]
+            for following in range(PARTS, num_parts, PARTS):
+                parts += _load_squares(squares, following, num_parts, row, is_row, num_rows, PARTS)
+            scale = tl.rsqrt(tl.sum(parts, axis=1) / inner + eps)[:, None]
             acc = acc * scale
             up_acc = up_acc * scale
         if BIAS:
             acc += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
         if GATED:
             acc = acc / (1.0 + tl.exp(-acc)) * up_acc
-        place = row.to(tl.int64)[:, None] * columns + column[None, :]
-        inside = is_row[:, None] & is_column[None, :]
         if RESIDUAL:
-            acc += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+            acc += added.to(tl.float32)
         result = acc.to(out.dtype.element_ty)
         tl.store(out + place, result, mask=inside)
         if NORM_NEXT:
@@ -294,6 +296,11 @@ def _prefetch_rows(columns: int, gated: bool, inner_per_split: int) -> int:
     return min(wanted, 1 << (max(inner_per_split, 1).bit_length() - 1))
 
 
+def _warps(tile_rows: int) -> int:
+    """Four make one matrix instruction of 64 rows; more rows need the registers of eight."""
+    return 8 if tile_rows > 64 else 4
+
+
 def default_tactic(rows: int, columns: int, inner: int, gated: bool, sms: int) -> Tactic:
     """A tactic that fits without measuring: about two programs a multiprocessor, tiles of 64 to 128 inner elements.
 
@@ -313,7 +320,7 @@ def default_tactic(rows: int, columns: int, inner: int, gated: bool, sms: int) -
     while programs * splits * 2 <= 3 * sms and inner // (splits * 2) >= 2 * tile_inner:
         splits *= 2
     prefetch = _prefetch_rows(tile_columns, gated, inner // splits)
-    return Tactic(tile_rows, tile_columns, tile_inner, splits, 4, 4, prefetch)
+    return Tactic(tile_rows, tile_columns, tile_inner, splits, _warps(tile_rows), 4, prefetch)
 
 
 def candidate_tactics(rows: int, columns: int, inner: int, gated: bool, sms: int) -> list[Tactic]:
@@ -331,9 +338,8 @@ def candidate_tactics(rows: int, columns: int, inner: int, gated: bool, sms: int
         fits = _tile_bytes(tile_columns, tile_inner, default.rows, gated, stages) <= _SHARED_BYTES
         fills = sms <= 2 * programs and (splits == 1 or programs <= 6 * sms)
         if fits and fills and inner // splits >= 2 * tile_inner:
-            warps = 8 if default.rows * tile_columns >= 128 * 128 else 4
             prefetch = _prefetch_rows(tile_columns, gated, inner // splits)
-            found[Tactic(default.rows, tile_columns, tile_inner, splits, warps, stages, prefetch)] = None
+            found[Tactic(default.rows, tile_columns, tile_inner, splits, default.num_warps, stages, prefetch)] = None
     return list(found)
 
 
@@ -389,7 +395,8 @@ def _linear(
         ROWS=tactic.rows,
         COLUMNS=tactic.columns,
         INNER=tactic.inner,
-        PARTS=max(16, 4096 // tactic.rows),  # a tile that fits the registers and rarely takes a second turn
+        # A tile that fits the registers; more parts take further turns.
+        PARTS=min(max(16, 8192 // tactic.rows), next_power_of_2(max(num_parts, 1))),
         PREFETCH=tactic.prefetch,
         num_warps=tactic.num_warps,
         num_stages=tactic.num_stages,
