@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -29,7 +29,9 @@ from smc_engines.bench.measure import Bench, CaseFailedError, repeat
 from smc_engines.bench.points import MODES, SWEEPS, Case, Point, parse_modes, parse_numbers, sweep_points, swept_by
 from smc_engines.config import ExecutorConfig
 from smc_engines.engine import Engine
+from smc_engines.region_choice import RegionChoice
 from smc_engines.sampling_params import Mode, SamplingParams
+from smc_engines.tuning import tune_engine
 from smc_plugin.errors import ConfigError, SmcError
 
 _SWEEP_FLAGS = {"batch": "batch", "particles": "n", "draft_tokens": "k", "prompt_tokens": "prompt-tokens"}
@@ -75,6 +77,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-rounds", type=int, metavar="R", help="end every timed batch after so many rounds")
     parser.add_argument("--device", default=ExecutorConfig.device, help="auto, cpu or cuda; default %(default)s")
     parser.add_argument("--threads", type=int, help="torch threads on a CPU")
+    parser.add_argument(
+        "--regions", choices=get_args(RegionChoice), default=ExecutorConfig.regions, help="default %(default)s"
+    )
+    parser.add_argument(
+        *("--tune",),
+        nargs="?",
+        const=12,
+        type=int,
+        metavar="C",
+        help="first try C tactics a product at the base point's rows",
+    )
     _add_sweep_options(parser)
     parser.add_argument(
         "--worst-case-resampling", action="store_true", help="also time smc resampling never and every round"
@@ -138,8 +151,9 @@ def run(args: argparse.Namespace, command: str = "smc-bench") -> dict[str, Any]:
     started = time.perf_counter()
     engine, text = _load(args)
     plan = _plan(args, engine.manifest.weights == "random", None if text is None else len(text))
-    bench = Bench(engine, args.temperature, text)
     _say(f"made the engine in {time.perf_counter() - started:.1f} s")
+    tactics = _tune(engine, plan, args.tune) if args.tune is not None else engine.manifest.tactics
+    bench = Bench(engine, args.temperature, text)
     copy_tb_per_s = copy_bandwidth(engine.device)
     for line in report.header(engine, copy_tb_per_s):
         _say(line)
@@ -147,6 +161,7 @@ def run(args: argparse.Namespace, command: str = "smc-bench") -> dict[str, Any]:
         "date": date.today().isoformat(),
         "command": command,
         "copy_tb_per_s": copy_tb_per_s,
+        "tactics": tactics,
         "rows": [],
         "failed": [],
         "resampling": None,
@@ -233,7 +248,7 @@ def _say(line: str) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     least = {"repeats": 1, "batch": 1, "particles": 1, "draft_tokens": 1, "prompt_tokens": 1, "output_tokens": 2}
-    least |= {"max_rounds": 1, "sweep_repeats": 1, "profile_rounds": 2}
+    least |= {"tune": 1, "max_rounds": 1, "sweep_repeats": 1, "profile_rounds": 2}
     for name, low in least.items():
         value = getattr(args, name)
         if value is not None and value < low:
@@ -286,6 +301,7 @@ def _load(args: argparse.Namespace) -> tuple[Engine, list[int] | None]:
     together = max([point.batch * point.prompt_tokens for point in points if point.batch > 1], default=0)
     config = ExecutorConfig(
         device=args.device,
+        regions=args.regions,
         max_groups=max(point.batch for point in points),
         # A batch must begin together, and every repeat must prefill its prompt.
         prefill_chunk=max(ExecutorConfig.prefill_chunk, together),
@@ -306,6 +322,18 @@ def _load(args: argparse.Namespace) -> tuple[Engine, list[int] | None]:
         max_seq_len=max(point.prompt_tokens + point.output_tokens for point in points),
     )
     return Engine.from_random(options, config), None
+
+
+def _tune(engine: Engine, plan: Plan, candidates: int) -> dict[str, Any]:
+    """Let the engine find its tactics for the numbers of rows that the base point's passes have."""
+    started, rows = time.perf_counter(), set()
+    for case in plan.base:
+        sequences = case.point.batch * case.num_particles
+        rows |= {sequences * (case.num_draft_tokens + 1)}
+        rows |= {sequences, 2 * sequences} if case.num_draft_tokens else set()
+    tactics = tune_engine(engine, sorted(rows), candidates, _say)
+    _say(f"tuned in {time.perf_counter() - started:.1f} s")
+    return tactics
 
 
 def _encode(engine: Engine, prompt: str) -> list[int]:

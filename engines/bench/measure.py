@@ -70,9 +70,12 @@ class Bench:
 
     def renew(self) -> None:
         """Start over with an executor that knows nothing, on the same engine."""
+        on_gpu = self.engine.device.type == "cuda"
+        if on_gpu:  # a round may still be in flight
+            torch.cuda.synchronize()
         del self.executor
         gc.collect()
-        if self.engine.device.type == "cuda":
+        if on_gpu:
             torch.cuda.empty_cache()
         self.executor = Executor(self.engine)
 

@@ -53,7 +53,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
     panels = 1 + len(sweeps) + len(profiles)
     columns = min(panels, 3)
     lines = -(-panels // columns)
-    figure = _find("matplotlib.figure").Figure(figsize=(4.6 * columns, 3.5 * lines + 0.7), layout="constrained")
+    figure = _find("matplotlib.figure").Figure(
+        figsize=(max(4.6 * columns, 6.5), 3.5 * lines + 0.9), layout="constrained"
+    )
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     _draw_modes(axes[0], base)
@@ -75,8 +77,9 @@ def _title(rows: Sequence[dict[str, Any]]) -> str:
     weights = "random weights" if row["weights"] == "random" else "real weights"
     draft = f" + {row['draft']}" if row["draft"] else ""
     return (
-        f"{row['preset']}{draft}, {row['dtype']}, {weights}, on {row['gpu']} (copy {row['copy_tb_per_s']:.3g} TB/s)\n"
-        f"base: N = {row['num_particles']}, K = {row['num_draft_tokens']}, {row['batch']} at once, prompt "
+        f"{row['preset']}{draft}, {row['dtype']}, {weights}\n"
+        f"{row['gpu']}, copy bandwidth {row['copy_tb_per_s']:.3g} TB/s\n"
+        f"base point: N = {row['num_particles']}, K = {row['num_draft_tokens']}, {row['batch']} at once, prompt "
         f"{row['prompt_tokens']}, output {row['output_tokens']} tokens"
     )
 
@@ -120,9 +123,9 @@ def _draw_sweep(axis: Any, rows: Sequence[dict[str, Any]], base: Sequence[dict[s
         floor = [row["floor_tokens_per_s"] for row in own]
         axis.plot(x, floor, color=floor_colour, linestyle="--", linewidth=1.2, label=f"floor of {mode}")
         for row in own:
-            offset = -13 if row["tokens_per_s"] > 0.1 * top else 6
             text, at = f"{row['floor_fraction']:.0%}", (row[field], row["tokens_per_s"])
-            axis.annotate(text, at, (0, offset), textcoords="offset points", ha="center", fontsize=7, color=colour)
+            if row["tokens_per_s"] > 0.1 * top:  # there is no room below
+                axis.annotate(text, at, (0, -13), textcoords="offset points", ha="center", fontsize=7, color=colour)
     if name in _LOGARITHMIC:
         axis.set_xscale("log", base=2)
     ticks = sorted({row[field] for row in shown})

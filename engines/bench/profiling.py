@@ -55,7 +55,7 @@ def profile(bench: Bench, case: Case, rounds: int, trace: Path | None = None) ->
     Raises:
         ConfigError: the engine is not on a GPU, or the answer is too short.
     """
-    if bench.engine.device.type != "cuda":
+    if not _has_kernels(bench.engine):
         raise ConfigError(
             f"--profile records kernels of a CUDA device, the engine runs on {bench.engine.device.type}: leave it out, or use "
             "--device cuda"
@@ -85,6 +85,10 @@ def profile(bench: Bench, case: Case, rounds: int, trace: Path | None = None) ->
         recorder.export_chrome_trace(str(path))
         events = load_events(path)
     return summarise(events, bench.engine, case, position)
+
+
+def _has_kernels(engine: Engine) -> bool:
+    return engine.device.type == "cuda"
 
 
 def summarise(events: Sequence[Event], engine: Engine, case: Case, context_tokens: float) -> dict[str, Any]:

@@ -50,6 +50,8 @@ def describe(engine: Engine, case: Case, copy_tb_per_s: float) -> dict[str, Any]
         "copy_tb_per_s": copy_tb_per_s,
         "weights": "random" if manifest.weights == "random" else manifest.name,
         "kernels": engine.target.kernels.name,
+        "regions": engine.config.regions,
+        "tuned": bool(engine.manifest.tactics),
         "max_seq_len": engine.limits.max_seq_len,
         "threads": torch.get_num_threads(),
         "versions": versions(),

@@ -8,59 +8,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-from smc_build.model_config import ModelConfig
 from smc_build.presets import PRESETS
 from smc_build.weights import weight_shapes
 from smc_engines.bench.points import Case, Point
 from smc_engines.engine import Engine
+from smc_engines.fused_regions import FusedRegions
 from smc_engines.model import PagedModel
-from smc_engines.regions import bind_weights
 from smc_engines.rounds import RoundContext, RoundKind, run_round
 from smc_plugin.backend import triton_kernels
 from smc_plugin.group_state import GroupState
-from smc_plugin.kernels import launch, matmul
+from smc_plugin.kernels import launch
 
 META = torch.device("meta")
 ELEMENTWISE = "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>, 3>(int)"
 COPY_TO_HOST = "Memcpy DtoH (Device -> Pinned)"
-
-
-@dataclass
-class Launch:
-    """A kernel's name, and its grid where the recorder tells it."""
-
-    name: str
-    grid: tuple[int, ...]
-
-
-class Products:
-    """A region runner of Triton products with an elementwise kernel after each block's feed-forward part."""
-
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], log: list[launch.Recorded]) -> None:
-        self._bound, self._log = bind_weights(config, weights), log
-
-    def run(self, region: str, layer: int | None, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Launch the region's products."""
-        w, a = self._bound[region, layer], activations
-        if region == "head":
-            return {"logits": matmul.linear(a["hidden"], w["lm_head"], transpose_w=True, dtype=torch.float32)}
-        if region == "entry":
-            return {"qkv": matmul.linear(a["x"], w["qkv"], norm=(w["attn_norm"], 1e-5))}
-        residual = matmul.linear(a["attn"], w["o"], residual=a["residual"])
-        up = matmul.gated(residual, w["gate_up"], (w["mlp_norm"], 1e-5))
-        residual = matmul.linear(up, w["down"], residual=residual)
-        self._log.append(launch.Recorded(SimpleNamespace(__name__=ELEMENTWISE), {}))
-        if region == "exit":
-            return {"hidden": residual}
-        return {"qkv": matmul.linear(residual, w["next_qkv"], norm=(w["next_attn_norm"], 1e-5)), "residual": residual}
 
 
 def llama_case(mode: Any = "smc") -> Case:
@@ -78,7 +45,7 @@ def llama_engine() -> Engine:
 def record_round(case: Case) -> list[str]:
     """Names of the kernels that a round of llama-8b with llama-1b launches, in order."""
     with launch.recording() as log:
-        models = [_model(name, log) for name in ("llama-8b", "llama-1b")]
+        models = [_model(name) for name in ("llama-8b", "llama-1b")]
         state = GroupState.allocate(2, case.num_particles, 800, 50, 32, META)
         kind = RoundKind(case.num_particles, case.num_draft_tokens, speculative=case.mode == "speculative")
         count = torch.zeros(1000, dtype=torch.int32, device=META)
@@ -87,12 +54,12 @@ def record_round(case: Case) -> list[str]:
     return [recorded.kernel.__name__ for recorded in log]
 
 
-def _model(name: str, log: list[launch.Recorded]) -> PagedModel:
+def _model(name: str) -> PagedModel:
     config = PRESETS[name].config
     weights = {
         weight: torch.empty(shape, dtype=torch.bfloat16, device=META) for weight, shape in weight_shapes(config).items()
     }
-    return PagedModel(config, weights, 1000, 16, Products(config, weights, log), triton_kernels())
+    return PagedModel(config, weights, 1000, 16, FusedRegions(config, weights), triton_kernels())
 
 
 def write_trace(path: Path, names: list[str], rounds: int, gap_us: float = 10.0, us: Mapping[str, float] = {}) -> Path:

@@ -7,13 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from smc_engines.bench import plot
+from smc_build.builder import BuildOptions
+from smc_engines.bench import plot, profiling
 from smc_engines.bench.kernels import label_round
+from smc_engines.bench.measure import Bench
+from smc_engines.bench.points import Case, Point
 from smc_engines.bench.profiling import shapes_of, summarise
 from smc_engines.bench.report import profile_text, short_name
 from smc_engines.bench.trace import Event, Timeline, advance_us, gaps, load_events, split_rounds
-from smc_plugin.errors import SmcError
+from smc_engines.config import ExecutorConfig
+from smc_engines.engine import Engine
+from smc_plugin.errors import ConfigError, SmcError
 from tests.engines.recorded_rounds import ELEMENTWISE, llama_case, llama_engine, record_round, write_trace
+from tests.tiny_models import make_checkpoint
 
 LAYERS, DRAFT_LAYERS, PASSES = 32, 16, 8
 
@@ -47,7 +53,7 @@ def test_every_product_is_told_apart(names: list[str]) -> None:
     assert found["target attention", ""] == LAYERS + 1
     assert found["sampling", ""] == 2 * (PASSES + 2)
     assert found["page copy", ""] == 2
-    assert found["draft other", ""] == PASSES * DRAFT_LAYERS
+    assert found["draft other", ""] == 2 * PASSES  # the first and the last norm; the others are part of products
     assert "other" not in {group for group, _ in found}
 
 
@@ -160,6 +166,49 @@ def test_shares_count_every_microsecond_once() -> None:
     events = [Event("k", "kernel", float(start), float(us)) for start, us in spans]
     assert advance_us(events) == ([10, 2, 6, 0], 2)
     assert gaps(Timeline([events, [Event("k", "kernel", 25.0, 1.0)]], []))[0].us == 5
+
+
+class Recorder:
+    """Stands in for torch's profiler: notes when it was on, and exports a trace of that many rounds."""
+
+    def __init__(self, bench: Bench, names: list[str]) -> None:
+        self._bench, self._names = bench, names
+        self.rounds = 0
+
+    def __enter__(self) -> "Recorder":
+        self.rounds -= self._bench.executor.stats.rounds
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.rounds += self._bench.executor.stats.rounds
+
+    def export_chrome_trace(self, path: str) -> None:
+        write_trace(Path(path), self._names, self.rounds)
+
+
+def test_recording_takes_rounds_of_a_running_batch(
+    names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3 rounds are dropped and 5 counted; the engine is left without a request, and the trace is kept."""
+    target = make_checkpoint(tmp_path / "target", seed=1)
+    options = BuildOptions(str(target), draft=str(target), dtype="float32", max_seq_len=128)
+    bench = Bench(Engine.from_random(options, ExecutorConfig(device="cpu")), 0.7)
+    case = Case(Point(1, 4, 2, 20, 60), "smc")
+    with pytest.raises(ConfigError, match="records kernels of a CUDA device, the engine runs on cpu"):
+        profiling.profile(bench, case, rounds=5)
+    recorder = Recorder(bench, names)
+    monkeypatch.setattr(profiling, "_has_kernels", lambda _: True)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    monkeypatch.setattr("torch.profiler.profile", lambda activities: recorder)
+    found = profiling.profile(bench, case, rounds=5, trace=tmp_path / "kept" / "trace.json")
+    assert recorder.rounds == 8
+    assert (found["rounds"], found["round_gap_count"]) == (5, 4)
+    # Rounds 1 to 5 are over when recording starts, and 8 are recorded, of 3 tokens each after the first one.
+    assert found["context_tokens"] == 20 + (5 * 3 + 13 * 3) / 2
+    assert not bench.executor.has_work
+    assert (tmp_path / "kept" / "trace.json").exists()
+    with pytest.raises(ConfigError, match="--profile-rounds 20 needs an answer of 28 rounds"):
+        profiling.profile(bench, case, rounds=20)
 
 
 def test_short_names() -> None:
