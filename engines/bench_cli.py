@@ -316,6 +316,7 @@ def _load(args: argparse.Namespace) -> tuple[Engine, list[int] | None]:
         checkpoint=args.preset,
         draft=args.draft,
         dtype=args.dtype,
+        compiler="torch",  # an engine in memory has no plans
         particles=max(point.particles for point in points),
         draft_tokens=max(point.draft_tokens for point in points),
         groups=max(point.batch for point in points),
