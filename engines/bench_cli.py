@@ -31,7 +31,6 @@ from smc_engines.config import ExecutorConfig
 from smc_engines.engine import Engine
 from smc_engines.region_choice import RegionChoice
 from smc_engines.sampling_params import Mode, SamplingParams
-from smc_engines.tuning import tune_engine
 from smc_plugin.errors import ConfigError, SmcError
 
 _SWEEP_FLAGS = {"batch": "batch", "particles": "n", "draft_tokens": "k", "prompt_tokens": "prompt-tokens"}
@@ -82,11 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         *("--tune",),
-        nargs="?",
-        const=12,
-        type=int,
-        metavar="C",
-        help="first try C tactics a product at the base point's rows",
+        action="store_true",
+        help="first find the fastest tactics at the base point's numbers of rows",
     )
     _add_sweep_options(parser)
     parser.add_argument(
@@ -152,7 +148,7 @@ def run(args: argparse.Namespace, command: str = "smc-bench") -> dict[str, Any]:
     engine, text = _load(args)
     plan = _plan(args, engine.manifest.weights == "random", None if text is None else len(text))
     _say(f"made the engine in {time.perf_counter() - started:.1f} s")
-    tactics = _tune(engine, plan, args.tune) if args.tune is not None else engine.manifest.tactics
+    tactics = _tune(engine, plan) if args.tune else engine.manifest.tactics
     bench = Bench(engine, args.temperature, text)
     copy_tb_per_s = copy_bandwidth(engine.device)
     for line in report.header(engine, copy_tb_per_s):
@@ -248,7 +244,7 @@ def _say(line: str) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     least = {"repeats": 1, "batch": 1, "particles": 1, "draft_tokens": 1, "prompt_tokens": 1, "output_tokens": 2}
-    least |= {"tune": 1, "max_rounds": 1, "sweep_repeats": 1, "profile_rounds": 2}
+    least |= {"max_rounds": 1, "sweep_repeats": 1, "profile_rounds": 2}
     for name, low in least.items():
         value = getattr(args, name)
         if value is not None and value < low:
@@ -325,14 +321,16 @@ def _load(args: argparse.Namespace) -> tuple[Engine, list[int] | None]:
     return Engine.from_random(options, config), None
 
 
-def _tune(engine: Engine, plan: Plan, candidates: int) -> dict[str, Any]:
+def _tune(engine: Engine, plan: Plan) -> dict[str, Any]:
     """Let the engine find its tactics for the numbers of rows that the base point's passes have."""
+    from smc_engines.tuning import tune_engine  # noqa: PLC0415 - importing it needs triton
+
     started, rows = time.perf_counter(), set()
     for case in plan.base:
         sequences = case.point.batch * case.num_particles
         rows |= {sequences * (case.num_draft_tokens + 1)}
         rows |= {sequences, 2 * sequences} if case.num_draft_tokens else set()
-    tactics = tune_engine(engine, sorted(rows), candidates, _say)
+    tactics = tune_engine(engine, sorted(rows), _say)
     _say(f"tuned in {time.perf_counter() - started:.1f} s")
     return tactics
 

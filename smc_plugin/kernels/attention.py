@@ -472,7 +472,7 @@ def _launch_attention(
         FUSED=fused,
         NORM=norms is not None,
         SPLIT=splits > 1,
-        num_warps=8 if rows * head_dim > 32 * 128 else 4,
+        num_warps=8 if rows * head_dim >= 32 * 128 else 4,
     )
     return out
 
