@@ -22,7 +22,7 @@ from smc_engines.serving import REPOSITORY
 from smc_plugin.errors import ConfigError
 
 MODELS = tuple(CONTRACTS)
-EXIT_TIMEOUT_S = 5
+EXIT_TIMEOUT_S = 20  # only a bound: the streams have ended by then, but unloading takes seconds on a busy machine
 _CHECK = (
     "import json, sys, sysconfig, numpy, zmq; print(json.dumps({'numpy': numpy.__version__, "
     "'version': '%d.%d' % sys.version_info[:2], 'libdir': sysconfig.get_config_var('LIBDIR')}))"
