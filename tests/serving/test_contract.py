@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import queue
+import re
+import shlex
+import subprocess
 import threading
 from typing import Any
 
@@ -251,3 +254,10 @@ def test_unary_calls_are_told_to_stream(service: Service) -> None:
         pytest.raises(InferenceServerException, match="decoupled"),
     ):
         client.infer("ensemble", make_inputs("ensemble", {"text_input": "a", "max_tokens": 2}), client_timeout=20)
+
+
+def test_the_printed_client_command_streams(service: Service) -> None:
+    command = service.output().partition("try it:\n")[2].splitlines()[0]
+    done = subprocess.run(shlex.split(command), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\[\d+ tokens in .* rounds, .* resamples, log_evidence .*, (stop|length)\]", done.stdout)
