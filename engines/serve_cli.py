@@ -97,7 +97,8 @@ def _serve(options: ServeOptions) -> None:
     from smc_engines.serving.supervisor import Supervisor, check_ports  # noqa: PLC0415
 
     started = time.monotonic()
-    _check_engine(options.engine)
+    # find out before anything starts; the executor checks the hashes
+    manifest = load_manifest(Path(options.engine), verify=False)
     status_port = None if options.status_port is None or options.status_port < 0 else options.status_port
     wanted = {
         "--http-port": options.http_port,
@@ -131,7 +132,8 @@ def _serve(options: ServeOptions) -> None:
         if chosen["--status-port"] is not None:
             page = StatusPage(options.host, chosen["--status-port"], supervisor.control)
         if not supervisor.stopping:
-            print(_addresses(ports, chosen, time.monotonic() - started), flush=True)
+            limits = (manifest.max_particles, manifest.max_draft_tokens if manifest.draft is not None else 0)
+            print(_addresses(ports, chosen, time.monotonic() - started, limits), flush=True)
         supervisor.watch()
         supervisor.drain()
     except KeyboardInterrupt:
@@ -142,11 +144,6 @@ def _serve(options: ServeOptions) -> None:
         supervisor.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _check_engine(engine: str) -> None:
-    """Find out before anything starts; the executor checks the hashes."""
-    load_manifest(Path(engine), verify=False)
 
 
 def _port(host: str, name: str, port: int | None) -> int | None:
@@ -167,7 +164,7 @@ def _port(host: str, name: str, port: int | None) -> int | None:
     return port
 
 
-def _addresses(ports: Ports, chosen: dict[str, int | None], elapsed_s: float) -> str:
+def _addresses(ports: Ports, chosen: dict[str, int | None], elapsed_s: float, limits: tuple[int, int]) -> str:
     host, grpc = ports.host, ports.grpc
     base = f"http://{host}"
     lines = [
@@ -180,7 +177,9 @@ def _addresses(ports: Ports, chosen: dict[str, int | None], elapsed_s: float) ->
         lines.append(f"  OpenAI        {base}:{chosen['--openai-port']}/v1")
     if chosen["--status-port"] is not None:
         lines.append(f"  status page   {base}:{chosen['--status-port']}/")
-    client = f'{sys.executable} -m smc_engines.serving.client --grpc {host}:{grpc} "The capital of France is"'
+    # few particles and draft tokens: the engine's largest, the default, are slow on a processor
+    n, k = (min(4, limit) for limit in limits)
+    client = f'{sys.executable} -m smc_engines.serving.client --grpc {host}:{grpc} --n {n} --k {k} "The capital of France is"'
     return "\n".join([*lines, "try it:", f"  {client}"])
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from typing import Any
 
 from smc_adapter import protocol
 from smc_adapter.executor_client import ExecutorClient
 
 MODEL = "supervisor"
+MAX_REPORTS = 16
 
 
 class ControlLine:
@@ -24,6 +26,7 @@ class ControlLine:
         self._report: dict[str, Any] = {}
         self._detailed: dict[str, Any] = {}
         self._heard_at = time.monotonic()
+        self._reports: deque[float] = deque(maxlen=MAX_REPORTS)
         self._answers = {False: 0, True: 0}
         self._client = ExecutorClient(address, MODEL, self._on_message, self._on_disconnect)
 
@@ -36,6 +39,11 @@ class ControlLine:
     def silence_s(self) -> float:
         """Seconds since the executor last said something; 0 while there is none."""
         return time.monotonic() - self._heard_at if self._client.connected else 0.0
+
+    def reports_since(self, moment: float) -> int:
+        """How many reports came since a moment of the monotonic clock, counted up to MAX_REPORTS."""
+        with self._changed:
+            return sum(heard > moment for heard in self._reports)
 
     @property
     def report(self) -> dict[str, Any]:
@@ -69,6 +77,7 @@ class ControlLine:
         with self._changed:
             self._heard_at = time.monotonic()
             if message["op"] == "stats":
+                self._reports.append(self._heard_at)
                 detail = "live" in message
                 if detail:
                     self._detailed = message

@@ -58,6 +58,7 @@ def summary(executor: Executor) -> dict[str, Any]:
         "pages_total": stats.pages_total,
         "pages_used": used,
         "pages_free": stats.pages_total - used,
+        "pages_fraction": used / max(stats.pages_total, 1),
         "pages_promised": stats.pages_promised,
         "pages_cached": stats.pages_cached,
         "page_size": engine.page_size,

@@ -14,8 +14,8 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
 
 import grpc
 import tritonclient.grpc.aio as grpcaio
@@ -27,11 +27,13 @@ from tritonclient.utils import InferenceServerException
 
 from smc_engines.serving.openai_answers import Answer, Format, chat_format, completion_format
 from smc_engines.serving.openai_schema import ChatRequest, CompletionRequest, FrontError
-from smc_engines.serving.triton_client import ERROR_OUTPUTS, ServingError, make_inputs, to_arrays
+from smc_engines.serving.triton_client import ERROR_OUTPUTS, ServingError, make_inputs, to_arrays, to_error
 
 MODEL = "smc"
 DISCONNECT_POLL_S = 0.25
 GRACEFUL_SHUTDOWN_S = 8
+CLIENT_CLOSED = 499  # nobody reads it
+T = TypeVar("T")
 _STATUS = {
     "INVALID_ARGUMENT": 400,
     "UNIMPLEMENTED": 400,
@@ -66,6 +68,9 @@ def create_app(grpc_address: str, model_name: str) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            reason = first.get("ctx", {}).get("error", "unreadable")
+            return JSONResponse(_error_body(FrontError(f"the body must be JSON, got {reason}: correct it")), 400)
         name = ".".join(str(part) for part in first["loc"] if part != "body")
         given = repr(first.get("input"))[:80]
         message = f"{name or 'the body'} is invalid, {first['msg'].lower()}, got {given}: correct it or leave it out"
@@ -80,6 +85,15 @@ def create_app(grpc_address: str, model_name: str) -> FastAPI:
         entry = {"id": model_name, "object": "model", "created": started, "owned_by": "smc-engine"}
         return {"object": "list", "data": [entry]}
 
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        check_name(name)
+        return (await models())["data"][0]
+
+    def check_name(name: str) -> None:
+        if name != model_name:
+            raise FrontError(f"model {name!r} is not served, expected {model_name!r}: change it", 404, "model")
+
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Any:
         return await answer(body, request, completion_format(body))
@@ -89,15 +103,17 @@ def create_app(grpc_address: str, model_name: str) -> FastAPI:
         return await answer(body, request, chat_format())
 
     async def answer(body: CompletionRequest | ChatRequest, request: Request, style: Format) -> Any:
-        if body.model != model_name:
-            raise FrontError(f"model {body.model!r} is not served, expected {model_name!r}: change it", 404, "model")
+        check_name(body.model)
         body.check()
         prompts, inputs = body.prompts(), body.inputs()
         head = {"id": f"{style.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model_name}
         pieces = _merged(clients["grpc"], prompts, inputs, head["id"])
         if not body.stream:
             return JSONResponse(await _whole(pieces, request, len(prompts) * body.n, style, head))
-        first = await anext(pieces)  # an error before the first piece is still a proper HTTP error
+        # an error before the first piece is still a proper HTTP error
+        first = await _attended(anext(pieces, None), request)
+        if first is None:
+            raise FrontError("the server ended the answer before it began, expected one: try again", 503)
         events = _events(first, pieces, len(prompts) * body.n, style, head, body.include_usage)
         return StreamingResponse(events, media_type="text/event-stream")
 
@@ -114,7 +130,10 @@ def _front_error(error: BaseException) -> FrontError:
         return FrontError(str(error), _STATUS.get(error.status, 500))
     if isinstance(error, grpc.aio.AioRpcError):
         return FrontError(error.details() or error.code().name, _STATUS.get(error.code().name, 500))
-    return FrontError(str(error), 500)
+    if isinstance(error, InferenceServerException):
+        error = to_error(error)
+        return FrontError(str(error), _STATUS.get(error.status, 500))
+    return FrontError(f"the front failed, expected an answer, got {type(error).__name__}: report this", 500)
 
 
 Piece = tuple[int, dict[str, Any]]
@@ -124,14 +143,16 @@ async def _one(
     client: grpcaio.InferenceServerClient, number: int, inputs: dict[str, Any], request_id: str
 ) -> AsyncIterator[Piece]:
     """One prompt's pieces: (choice index, tensors). Leaving it cancels the request."""
+    # made here: an error inside the iterator below would be swallowed and leave the stream waiting for ever
+    ask = {
+        "model_name": MODEL,
+        "inputs": make_inputs(MODEL, inputs),
+        "request_id": request_id,
+        "parameters": ERROR_OUTPUTS,
+    }
 
     async def requests() -> AsyncIterator[dict[str, Any]]:
-        yield {
-            "model_name": MODEL,
-            "inputs": make_inputs(MODEL, inputs),
-            "request_id": request_id,
-            "parameters": ERROR_OUTPUTS,
-        }
+        yield ask
 
     # the client's annotations leave out that an iterator always comes back
     call: Any = client.stream_infer(requests())
@@ -168,7 +189,7 @@ async def _merged(
             async for piece in _one(client, number, {**inputs, **prompt}, request_id):
                 await arrived.put(piece)
             await arrived.put(None)
-        except (ServingError, InferenceServerException, grpc.RpcError) as error:
+        except Exception as error:  # whatever it is, somebody waits for an answer
             await arrived.put(error)
 
     tasks = [asyncio.create_task(pump(number, prompt)) for number, prompt in enumerate(prompts)]
@@ -198,14 +219,25 @@ async def _whole(
         async for index, tensors in pieces:
             answers[index].add(tensors)
 
-    task = asyncio.create_task(collect())
-    while not task.done():
-        await asyncio.wait([task], timeout=DISCONNECT_POLL_S)
-        if not task.done() and await request.is_disconnected():
-            task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    await _attended(collect(), request)
     return style.whole(head, answers)
+
+
+async def _attended(work: Coroutine[Any, Any, T], request: Request) -> T:
+    """The result of some work that is cancelled when its client hangs up.
+
+    Raises:
+        FrontError: it hung up; nobody will read the answer.
+    """
+    task = asyncio.create_task(work)
+    try:
+        while not task.done():
+            await asyncio.wait([task], timeout=DISCONNECT_POLL_S)
+            if not task.done() and await request.is_disconnected():
+                raise FrontError("the client hung up, expected it to wait: send the request again", CLIENT_CLOSED)
+        return await task
+    finally:
+        task.cancel()
 
 
 async def _events(

@@ -52,8 +52,11 @@ class _Request(BaseModel):
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    # for the provider's own records; nothing here depends on them
     user: str | None = None
     metadata: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     # known to the API, served only at these values
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -188,12 +191,25 @@ class ChatRequest(_Request):
     top_logprobs: int | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
+    modalities: list[str] | None = None
+    service_tier: str | None = None
+    store: bool | None = None
 
     def neutral(self) -> dict[str, tuple[Any, ...]]:
         """See _Request."""
-        extra = {"tools": ([],), "tool_choice": ("none",), "response_format": ({"type": "text"},), "top_logprobs": (0,)}
-        return {**super().neutral(), **extra}
+        return {
+            **super().neutral(),
+            "tools": ([],),
+            "tool_choice": ("none", "auto"),
+            "parallel_tool_calls": (True, False),
+            "response_format": ({"type": "text"},),
+            "top_logprobs": (0,),
+            "modalities": (["text"],),
+            "service_tier": ("auto", "default"),
+            "store": (False,),
+        }
 
     @property
     def wants_logprobs(self) -> bool:

@@ -10,6 +10,7 @@ A client that is gone has its requests cancelled at the next message to it (at t
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ IDLE_POLL_MS = 200
 GOODBYE_S = 5.0
 PROBE_PRIORITY = -(2**40)
 MAX_LOST = 64
+MAX_TOKEN_CHARACTERS = 128  # the longest tokens of real vocabularies are runs of as many spaces
 
 
 @dataclass
@@ -82,6 +84,7 @@ class ExecutorService:
         self._next_report = time.monotonic() + REPORT_S
         self._last_report = (time.monotonic(), 0)
         self._tokens_per_second = 0.0
+        self._probe_tokens = 0
         self._drain_until: float | None = None
 
     def drain(self) -> None:
@@ -157,15 +160,20 @@ class ExecutorService:
                 raise QueueFullError("the service is shutting down, expected it to stay: try again on another instance")
             params, prompt = self._read(message)
             self._executor.submit(request_id, prompt, params, message.get("priority", 0))
-        except SmcError as error:
-            self._tally.counts["refused"] += 1
-            code = protocol.INVALID_ARG
+        except Exception as error:
+            text = str(error)
             if isinstance(error, QueueFullError):
                 code = protocol.UNAVAILABLE
-            elif not isinstance(error, RequestError):
+            elif isinstance(error, RequestError):
+                code = protocol.INVALID_ARG
+            else:
                 code = protocol.INTERNAL
-            self._log.info("refused", id=request_id, tag=message.get("tag"), code=code, error=str(error))
-            self._send_error(identity, request_id, code, str(error))
+            if not isinstance(error, SmcError):  # a request that nobody thought of must not end the others' service
+                text = f"the request failed unexpectedly, expected it to be queued, got {type(error).__name__}: report this"
+            self._tally.counts["refused"] += 1
+            kind = type(error).__name__  # the message may quote the prompt, which no log shows
+            self._log.info("refused", id=request_id, tag=message.get("tag"), code=code, error=kind)
+            self._send_error(identity, request_id, code, text)
             return
         timeout_ms = message.get("timeout_ms")
         deadline = None if timeout_ms is None else time.monotonic() + timeout_ms / 1e3
@@ -183,11 +191,29 @@ class ExecutorService:
                 )
             given["stop"] = [*given.get("stop", ()), tokenizer.decode(sequence)]
         prompt = message["prompt"]
-        if "messages" in prompt:
-            if tokenizer is None:
-                raise RequestError("messages need a tokenizer, the engine directory has none: send token ids")
-            return SamplingParams.from_mapping(given), tokenizer.apply_chat_template(prompt["messages"])[1]
-        return SamplingParams.from_mapping(given), prompt["text"] if "text" in prompt else prompt["ids"]
+        params = SamplingParams.from_mapping(given)
+        if "ids" in prompt:
+            return params, prompt["ids"]
+        if tokenizer is not None:
+            self._check_size(prompt["text"] if "text" in prompt else json.dumps(prompt["messages"], ensure_ascii=False))
+        if "text" in prompt:
+            return params, prompt["text"]
+        if tokenizer is None:
+            raise RequestError("messages need a tokenizer, the engine directory has none: send token ids")
+        return params, tokenizer.apply_chat_template(prompt["messages"])[1]
+
+    def _check_size(self, text: str) -> None:
+        """Refuse what cannot fit before it is encoded: seconds of work on one prompt would stop everybody's streams."""
+        most = self._executor.engine.limits.max_seq_len * MAX_TOKEN_CHARACTERS
+        if len(text) > most:
+            raise RequestError(
+                f"the prompt has {len(text)} characters, expected at most {most}, far more than "
+                f"{self._executor.engine.limits.max_seq_len} tokens hold: shorten it"
+            )
+
+    def _on_refused(self, identity: bytes, message: dict[str, Any]) -> None:
+        self._tally.counts["refused"] += 1
+        self._log.info("refused", tag=message["tag"], code=message["code"], model=self._clients[identity].model)
 
     def _on_cancel(self, identity: bytes, message: dict[str, Any]) -> None:
         if message["id"] in self._served:
@@ -236,6 +262,7 @@ class ExecutorService:
         return {
             **live_view.summary(self._executor),
             **self._tally.counts,
+            "tokens": self._answer_tokens,
             "ess_mean": self._tally.ess_mean,
             "tokens_per_second": self._tokens_per_second,
             "started": self._started,
@@ -247,8 +274,13 @@ class ExecutorService:
             "lost_clients": {str(pid): count for pid, count in self._lost.items()},
         }
 
+    @property
+    def _answer_tokens(self) -> int:
+        """Tokens of real answers: an idle service that only probes itself makes none."""
+        return self._executor.stats.tokens - self._probe_tokens
+
     def _report(self) -> None:
-        now, tokens = time.monotonic(), self._executor.stats.tokens
+        now, tokens = time.monotonic(), self._answer_tokens
         earlier, before = self._last_report
         self._tokens_per_second = (tokens - before) / (now - earlier)
         self._last_report, self._next_report = (now, tokens), now + REPORT_S
@@ -268,6 +300,8 @@ class ExecutorService:
         served = self._served.get(output.request_id)
         if served is None:
             return
+        if served.probe:
+            self._probe_tokens += len(output.new_token_ids)
         if not output.finished:
             self._put_output(served, output, {})
             return

@@ -42,6 +42,7 @@ LOST_CLIENT_WAIT_S = 3.0
 CRASH_LIMIT, CRASH_WINDOW_S = 5, 60.0
 DRAIN_MARGIN_S = 15.0
 SERVER_START_S = 60.0
+TURNS_OF_A_PROBE = 4  # reports of the executor within which it has surely answered a probe that reached it
 
 
 @dataclass(frozen=True)
@@ -224,14 +225,16 @@ class Supervisor:
             if wrong is None or started < self._settled_at:  # a probe says nothing about what was restarted since
                 self._failures[model] = 0
                 continue
+            # A busy executor answers after its step. Steps that outlast a probe are no fault of the server's, and an executor
+            # that says nothing at all has its own limit, hang_timeout_s.
+            if self.control.reports_since(started) < TURNS_OF_A_PROBE:
+                self._log.info("probe_slow", model=model, silence_s=round(self.control.silence_s, 1))
+                continue
             self._failures[model] = self._failures.get(model, 0) + 1
             self._log.error("probe_failed", model=model, reason=wrong, times=self._failures[model])
             if self._failures[model] >= 2:
                 self._failures.clear()
-                if self.control.silence_s > 2 * self.options.probe_timeout_s:
-                    self._restart(self.executor, "answers no probe")
-                else:
-                    self._restart(self.server, f"{model} answers no probe")
+                self._restart(self.server, f"{model} answers no probe")
 
     def _restart(self, part: Part, reason: str) -> None:
         self._log.error("restart", name=part.name, reason=reason)

@@ -60,11 +60,19 @@ def make_inputs(model: str, values: Mapping[str, Any]) -> list[grpcclient.InferI
     Args:
         model: a served model; its contract gives the types.
         values: by input name: a scalar, a list, or an array that already has its batch dimension.
+    Raises:
+        ServingError: a value does not fit the input's type.
     """
     inputs = []
     for name, value in values.items():
         dtype = CONTRACTS[model].inputs[name].dtype
-        array = value if isinstance(value, np.ndarray) else _one_row(dtype, value)
+        try:
+            array = value if isinstance(value, np.ndarray) else _one_row(dtype, value)
+        except (OverflowError, ValueError) as error:  # also text with half of a surrogate pair
+            raise ServingError(
+                f"input {name} cannot be sent, expected {dtype}, got {value!r:.60} ({error}): change it",
+                "INVALID_ARGUMENT",
+            ) from None
         tensor = grpcclient.InferInput(name, list(array.shape), "BYTES" if dtype == "STRING" else dtype)
         tensor.set_data_from_numpy(array)
         inputs.append(tensor)

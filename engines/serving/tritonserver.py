@@ -22,7 +22,8 @@ from smc_engines.serving import REPOSITORY
 from smc_plugin.errors import ConfigError
 
 MODELS = tuple(CONTRACTS)
-EXIT_TIMEOUT_S = 5
+EXIT_TIMEOUT_S = 20  # only a bound: the streams have ended by then, but unloading takes seconds on a busy machine
+MIN_PING_MS = 5000
 _CHECK = (
     "import json, sys, sysconfig, numpy, zmq; print(json.dumps({'numpy': numpy.__version__, "
     "'version': '%d.%d' % sys.version_info[:2], 'libdir': sysconfig.get_config_var('LIBDIR')}))"
@@ -184,6 +185,8 @@ def command(installation: Installation, backends: Path, ports: Ports, shm_prefix
         "pinned-memory-pool-byte-size": 0,
         "exit-timeout-secs": EXIT_TIMEOUT_S,
         "log-info": "false",
+        # clients ping while they wait in the queue; the default (300 s) ends their connection for it
+        "grpc-http2-min-recv-ping-interval-without-data": MIN_PING_MS,
         "http-address": ports.host,
         "grpc-address": ports.host,
         "metrics-address": ports.host,

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
+import zmq
+from smc_adapter import protocol
 
+from smc_engines.config import ExecutorConfig
+from smc_engines.executor import Executor
 from smc_engines.serving import triton_client
+from smc_engines.serving.service import ExecutorService
 from smc_engines.serving.triton_client import ServingError, TritonClient
 from tests.serving.service import Service
 
@@ -37,6 +43,11 @@ def ids(**values: Any) -> tuple[str, dict[str, Any]]:
 def smc(**values: Any) -> tuple[str, dict[str, Any]]:
     """A request of smc."""
     return "smc", {"text_input": "hi", "max_tokens": 2, **values}
+
+
+def chat(messages: str) -> tuple[str, dict[str, Any]]:
+    """A request of smc with messages."""
+    return "smc", {"messages": messages, "max_tokens": 2}
 
 
 CASES: list[tuple[str, tuple[str, dict[str, Any]], str, str]] = [
@@ -89,6 +100,19 @@ CASES: list[tuple[str, tuple[str, dict[str, Any]], str, str]] = [
     ("smc: two prompts", smc(input_ids=[1]), INVALID, "exactly one of text_input"),
     ("smc: messages that are no JSON", ("smc", {"messages": "hi"}), INVALID, "messages must be JSON"),
     ("smc: messages that are no list", ("smc", {"messages": "{}"}), INVALID, "non-empty JSON list"),
+    (
+        "smc: messages with half a surrogate pair",
+        chat('[{"role": "user", "content": "\\ud800"}]'),
+        INVALID,
+        "Unicode text",
+    ),
+    ("smc: messages nested too deeply", chat("[" * 100_000), INVALID, "messages must be JSON"),
+    ("smc: content nested too deeply", chat(f'[{{"content": {"[" * 40}{"]" * 40}}}]'), INVALID, "nested too deeply"),
+    ("smc: content that is a number", chat('[{"role": "user", "content": NaN}]'), INVALID, "must be an object like"),
+    ("smc: a stop word of kilobytes", smc(stop_words=["x" * 5000]), INVALID, "stop_words has 5000 bytes"),
+    ("smc: a prompt that cannot fit", smc(text_input="x" * 10**6), INVALID, "has 1000000 characters, expected at most"),
+    ("smc: mode that is not UTF-8", smc(mode=b"\xff"), INVALID, "mode must be UTF-8"),
+    ("smc: empty token ids", ("smc", {"input_ids": np.zeros((1, 0), np.int32)}), INVALID, "prompt is empty"),
     ("smc: messages without a role", ("smc", {"messages": '[{"content": 1}]'}), INVALID, "."),
     ("smc: unknown mode", smc(mode="fast"), INVALID, "mode must be one of"),
     ("smc: N too large", smc(num_particles=9), INVALID, "built for at most 8"),
@@ -109,9 +133,11 @@ CASES: list[tuple[str, tuple[str, dict[str, Any]], str, str]] = [
 @pytest.mark.parametrize(("call", "status", "message"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_bad_request(service: Service, call: tuple[str, dict[str, Any]], status: str, message: str) -> None:
     model, values = call
+    executor = service.state["processes"]["executor"]
     with pytest.raises(ServingError, match=message) as caught:
         list(service.stream(model, values))
     assert caught.value.status == status
+    assert service.state["processes"]["executor"] == executor
 
 
 @pytest.mark.parametrize(
@@ -133,6 +159,29 @@ def test_bad_tensor(
     with pytest.raises(ServingError, match=name) as caught:
         list(TritonClient(service.grpc).stream("smc", {}, timeout_s=20))
     assert caught.value.status == SERVER
+
+
+def test_refusals_of_adapters_are_counted_and_logged(service: Service) -> None:
+    """They never reach the executor's queue, but belong in the same log and metric."""
+    before = service.status()["refused"]
+    with pytest.raises(ServingError, match="max_tokens must be in"):
+        list(service.stream(*smc(max_tokens=0), request_id="refused-in-the-adapter"))
+    service.wait(lambda: service.status()["refused"] == before + 1, 10, "it is counted")
+    assert '"event": "refused", "tag": "refused-in-the-adapter", "code": "INVALID_ARG"' in service.output()
+
+
+def test_an_unforeseen_error_is_one_requests_own(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat message with half a surrogate pair once ended the executor, and with it everybody's streams."""
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router, context.socket(zmq.DEALER) as dealer:
+        router.bind("inproc://executor")
+        dealer.connect("inproc://executor")
+        served = ExecutorService(Executor.from_engine_dir(engine, ExecutorConfig(num_pages=400)), router)
+        monkeypatch.setattr(served, "_read", lambda _message: [].pop())
+        dealer.send(protocol.encode("submit", id="a", tag="t", prompt={"text": "secret"}, params={}))
+        served.turn()
+        answer = protocol.decode(dealer.recv())
+    assert answer["error"]["code"] == protocol.INTERNAL
+    assert "got IndexError" in answer["error"]["message"]
 
 
 def test_bad_parameter(service: Service) -> None:

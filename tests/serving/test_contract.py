@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import queue
+import re
+import shlex
+import subprocess
 import threading
 from typing import Any
 
 import numpy as np
 import pytest
+import tritonclient.grpc as grpcclient
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from smc_engines.executor import Executor
 from smc_engines.sampling_params import SamplingParams
-from smc_engines.serving.triton_client import ServingError
+from smc_engines.serving.triton_client import ServingError, make_inputs
 from tests.serving.service import STREAMING, Service, text
 
 TEXT_MODELS = ("ensemble", "tensorrt_llm_bls")
@@ -191,3 +197,67 @@ def test_plain_clients_get_the_message(service: Service) -> None:
     with pytest.raises(ServingError, match="max_tokens must be in") as caught:
         list(service.stream("ensemble", values, parameters={"smc_error_outputs": False}))
     assert caught.value.status == "UNKNOWN"
+
+
+def test_a_tensorrt_llm_clients_own_code(service: Service) -> None:
+    """As such clients are written: tritonclient, named outputs, the protocol's own priority and timeout."""
+    values = {"text_input": [[b"hello"]], "max_tokens": [[6]], "stream": [[True]], "end_id": [[-1]], "seed": [[3]]}
+    values |= {"bad_words": [[b""]], "stop_words": [[b""]], "top_k": [[0]], "top_p": [[0.0]], "temperature": [[1.0]]}
+    values |= {"repetition_penalty": [[1.0]], "beam_width": [[1]], "return_log_probs": [[True]]}
+    kinds = {
+        "text_input": object,
+        "stop_words": object,
+        "bad_words": object,
+        "stream": bool,
+        "return_log_probs": bool,
+        "seed": np.uint64,
+    }
+    kinds |= dict.fromkeys(("top_p", "temperature", "repetition_penalty"), np.float32)
+    inputs = []
+    for name, value in values.items():
+        array = np.array(value, kinds.get(name, np.int32))
+        tensor = grpcclient.InferInput(name, array.shape, np_to_triton_dtype(array.dtype))
+        tensor.set_data_from_numpy(array)
+        inputs.append(tensor)
+    outputs = [grpcclient.InferRequestedOutput(name) for name in ("text_output", "cum_log_probs")]
+    arrived: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    pieces = []
+    with grpcclient.InferenceServerClient(service.grpc) as client:
+        client.start_stream(callback=lambda result, error: arrived.put((result, error)))
+        client.async_stream_infer(
+            "ensemble",
+            inputs,
+            outputs=outputs,
+            request_id="7",
+            priority=1,
+            timeout=30_000_000,
+            enable_empty_final_response=True,
+        )
+        while True:
+            result, error = arrived.get(timeout=30)
+            assert error is None, str(error)
+            pieces.append(result)
+            if result.get_response().parameters["triton_final_response"].bool_param:
+                break
+        client.stop_stream()
+    assert {piece.get_response().id for piece in pieces} == {"7"}
+    assert {output.name for output in pieces[-1].get_response().outputs} == {"text_output", "cum_log_probs"}
+    same = {"text_input": "hello", "max_tokens": 6, "stream": True, "end_id": -1, "seed": 3, "temperature": 1.0}
+    assert "".join(piece.as_numpy("text_output").item().decode() for piece in pieces) == text(
+        list(service.stream("ensemble", same))
+    )
+
+
+def test_unary_calls_are_told_to_stream(service: Service) -> None:
+    with (
+        grpcclient.InferenceServerClient(service.grpc) as client,
+        pytest.raises(InferenceServerException, match="decoupled"),
+    ):
+        client.infer("ensemble", make_inputs("ensemble", {"text_input": "a", "max_tokens": 2}), client_timeout=20)
+
+
+def test_the_printed_client_command_streams(service: Service) -> None:
+    command = service.output().partition("try it:\n")[2].splitlines()[0]
+    done = subprocess.run(shlex.split(command), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\[\d+ tokens in .* rounds, .* resamples, log_evidence .*, (stop|length)\]", done.stdout)

@@ -19,6 +19,8 @@ from smc_engines.serving.tritonserver import check_python, find_installation
 from smc_plugin.errors import ConfigError
 from tests.serving.service import STREAMING, Service, text
 
+openai = pytest.importorskip("openai", reason="needs requirements/serve-test.txt: run make serve-env")
+
 # A client sees its error within a second, and service is back within seconds; slow machines get ten times that.
 ERROR_S, BACK_S = 20, 90
 
@@ -26,7 +28,7 @@ ERROR_S, BACK_S = 20, 90
 @pytest.fixture(scope="module")
 def service(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service of our own, to break."""
-    running = Service(engine, tmp_path_factory.mktemp("faults"))
+    running = Service(engine, tmp_path_factory.mktemp("faults"), "--probe-timeout", "5")
     yield running
     state = running.state
     if running.process.poll() is None:
@@ -71,6 +73,56 @@ def test_kill(service: Service, part: str) -> None:
     service.idle()
     shared = {path.name for path in Path("/dev/shm").glob(f"{state['shm_prefix']}*")}
     assert len(shared) <= len(tritonserver.MODELS)
+
+
+def test_openai_stream_says_that_the_executor_died(service: Service) -> None:
+    service.wait(service.works, BACK_S, "it works before")
+    client = openai.OpenAI(base_url=service.url("openai", "/v1"), api_key="none", max_retries=0, timeout=ERROR_S)
+    stream = client.completions.create(
+        model="tiny", prompt="hello", max_tokens=480, stream=True, extra_body={"num_particles": 1, "ignore_eos": True}
+    )
+    next(iter(stream))
+    os.kill(service.state["processes"]["executor"], signal.SIGKILL)
+    with pytest.raises(openai.APIError, match="executor is not there"):
+        list(stream)
+    service.wait(service.works, BACK_S, "it works again")
+
+
+def test_sigterm_while_it_starts(engine: Path, tmp_path: Path) -> None:
+    ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics", "status")]
+    command = [sys.executable, "-m", "smc_engines.serve_cli", "--engine", str(engine), *ports]
+    before = {path.name for path in Path("/dev/shm").iterdir()}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    process.stdout.readline()  # the plan is printed; what it starts is starting
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, output.decode()[-2000:]
+    mine = {name for name in {path.name for path in Path("/dev/shm").iterdir()} - before if f"-{process.pid}-" in name}
+    assert mine == set()
+
+
+def test_waiting_clients_may_ping() -> None:
+    """The server's default ended connections that pinged each minute while their request waited: GOAWAY too_many_pings."""
+    ports = tritonserver.Ports("127.0.0.1", 1, 2, 3)
+    flags = tritonserver.command(find_installation(None, None), Path("backends"), ports, "prefix")
+    (flag,) = [flag for flag in flags if "min-recv-ping-interval-without-data" in flag]
+    assert int(flag.partition("=")[2]) < 60_000
+
+
+def test_a_slow_step_is_no_reason_to_restart_the_server(service: Service) -> None:
+    """On a crowded machine, steps once outlasted two probes, and the watchdog ended every stream for it."""
+    service.wait(service.works, BACK_S, "it works before")
+    state = service.state
+    os.kill(state["processes"]["executor"], signal.SIGSTOP)  # as good as a step that takes long
+    try:
+        # a probe waits 5 s here, and two that fail would restart the server
+        service.wait(lambda: service.output().count('"event": "probe_slow"') >= 3, 60, "probes were late")
+    finally:
+        os.kill(state["processes"]["executor"], signal.SIGCONT)
+    service.wait(service.works, BACK_S, "it works again")
+    assert service.state["processes"] == state["processes"]
 
 
 def test_idle_stub_is_healed_without_a_restart(service: Service) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import time
+import urllib.error
+import urllib.parse
 import urllib.request
 from typing import Any
 
 import pytest
 
+from smc_engines.serving.triton_client import ServingError
 from tests.serving.service import Service, minimal
 
 openai = pytest.importorskip("openai", reason="needs requirements/serve-test.txt: run make serve-env")
@@ -52,12 +57,17 @@ def test_metrics_follow_the_work(service: Service) -> None:
 
     before = metrics()
     (response,) = service.stream("smc", {"text_input": "hello", "max_tokens": 7, "ignore_eos": True})
-    tokens = 'nv_llm_output_token_len_sum{model="smc",version="1"}'
-    assert metrics()[tokens] == before[tokens] + 7
+    labels = 'model="smc",response_metric_type="total_output_tokens",version="1"'
+    tokens, short = f"nv_llm_output_token_len_sum{{{labels}}}", "nv_llm_output_token_len_bucket"
+    at_most_10, all_of_them = (f'{short}{{le="{bound}",{labels}}}' for bound in ("10", "+Inf"))
+    after = metrics()
+    assert after[tokens] == before[tokens] + 7
+    assert after[at_most_10] == before[at_most_10] + 1
+    assert after[all_of_them] == after[f"nv_llm_output_token_len_count{{{labels}}}"]
     rounds = 'smc_rounds_total{model="smc"}'
     service.wait(lambda: metrics()[rounds] >= before[rounds] + response["rounds"].item(), 10, "rounds are reported")
     free, most = (
-        f'nv_trt_llm_kv_cache_block_metrics{{kv_cache_block_type="{kind}",model="smc",version="1"}}'
+        f'nv_trt_llm_kv_cache_block_metrics{{kv_cache_block_type="{kind}",model="tensorrt_llm",version="1"}}'
         for kind in ("free", "max")
     )
     assert 0 < metrics()[free] <= metrics()[most]
@@ -79,6 +89,9 @@ def client(service: Service) -> Any:
 
 def test_openai_models(client: Any) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="'other' is not served"):
+        client.models.retrieve("other")
 
 
 def test_openai_completion_is_the_grpc_answer(service: Service, client: Any) -> None:
@@ -142,6 +155,10 @@ def test_openai_stop(client: Any) -> None:
         ({"extra_body": {"num_particles": 99}}, 400, "built for at most 8"),
         ({"max_tokens": 480, "extra_body": {"timeout_ms": 100, "ignore_eos": True}}, 504, "deadline passed"),
         ({"stream": True, "max_tokens": 100000}, 400, "together at most 512"),
+        # these once left the client waiting for ever, because no tensor could be made of them
+        ({"max_tokens": 10**11}, 400, "max_tokens cannot be sent, expected INT32"),
+        ({"prompt": [10**11]}, 400, "input_ids cannot be sent, expected INT32"),
+        ({"stream": True, "extra_body": {"priority": -(10**11)}}, 400, "priority cannot be sent"),
     ],
 )
 def test_openai_errors(client: Any, change: dict[str, Any], status: int, message: str) -> None:
@@ -159,3 +176,62 @@ def test_openai_client_that_hangs_up_frees_its_pages(service: Service, client: A
     stream.close()
     service.idle()
     assert service.status()["cancelled"] == before + 1
+
+
+def test_openai_text_that_is_no_text(service: Service) -> None:
+    body = b'{"model": "tiny", "prompt": "\\ud800", "max_tokens": 2}'
+    request = urllib.request.Request(
+        service.url("openai", "/v1/completions"), body, {"content-type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=20)
+    assert caught.value.code == 400
+    assert b"text_input cannot be sent" in caught.value.read()
+
+
+def test_openai_client_that_hangs_up_before_the_first_piece(service: Service) -> None:
+    """It waits in the queue behind others, gives up, and must not be served any more."""
+    before = service.status()["cancelled"]
+    values = {"text_input": "x", "max_tokens": 450, "ignore_eos": True, "stream": True, "n": 16}
+    busy = service.stream("smc", values, request_id="busy")
+    next(busy)
+    address = urllib.parse.urlsplit(service.url("openai", ""))
+    body = json.dumps({"model": "tiny", "prompt": "hi", "stream": True, "max_tokens": 400, "priority": 1})
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        )
+        connection.sendall(f"{head}\r\n\r\n{body}".encode())
+        service.wait(lambda: any("cmpl-" in view.get("tag", "") for view in service.status()["live"]), 20, "it waits")
+    service.wait(lambda: service.status()["cancelled"] == before + 1, 20, "it is cancelled")
+    busy.close()
+    service.idle()
+
+
+def test_idle_service_makes_no_tokens(service: Service) -> None:
+    """The watchdog's own probes once showed as traffic: several tokens a second on an idle machine."""
+    service.idle()
+    before = service.status()["tokens"]
+    time.sleep(2.5)  # several probes
+    report = service.status()
+    assert (report["tokens"], report["tokens_per_second"]) == (before, 0)
+
+
+def test_logs_have_request_ids_and_no_prompts(service: Service, client: Any) -> None:
+    secret = "tell-nobody-42"
+    messages = json.dumps([{"role": "user", "content": secret}])
+    list(service.stream("smc", {"messages": messages, "max_tokens": 2}, request_id="logged-1"))
+    list(service.stream("ensemble", {"text_input": secret, "max_tokens": 2, "stop_words": [secret]}))
+    answer = client.completions.create(model="tiny", prompt=secret, max_tokens=2)
+    for values in ({"text_input": secret * 90}, {"messages": secret}, {"messages": f'[{{"role": "{secret}"}}]'}):
+        with pytest.raises(ServingError):
+            list(service.stream("smc", {**values, "max_tokens": 2}, request_id="logged-2"))
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="tiny", prompt="x", max_tokens=2, extra_body={secret: 1})
+    service.wait(lambda: service.output().count('"logged-2"') == 3, 10, "the refusals are logged")
+    assert secret not in service.output()
+    events = [json.loads(line) for line in service.output().splitlines() if line.startswith("{")]
+    ended = [event["tag"] for event in events if event["event"] == "finished"]
+    assert "logged-1" in ended
+    assert answer.id in ended
+    assert all({"time", "level", "part", "event"} <= event.keys() for event in events)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import json
 import random
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -66,6 +68,25 @@ def test_slow_reader_holds_up_nobody(service: Service) -> None:
         time.sleep(0.01)
     assert text(pieces) == want
     service.idle()
+
+
+def test_reader_that_never_reads_holds_up_nobody(service: Service) -> None:
+    """A stalled HTTP client: its pieces pile up in the server, everybody else is served, and hanging up cancels it."""
+    before = service.status()["cancelled"]
+    body = json.dumps({**STREAMING, "max_tokens": 480})
+    head = f"POST /v2/models/smc/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    stalled = []
+    for _ in range(4):
+        stalled.append(socket.create_connection(("127.0.0.1", service.state["http"])))
+        stalled[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        stalled[-1].sendall((head + body).encode())
+    service.wait(lambda: service.status()["running"] == 4, 20, "they run")
+    for _ in range(3):
+        assert len(list(service.stream("smc", {"text_input": "quick", "max_tokens": 8}))) == 1
+    for connection in stalled:
+        connection.close()
+    service.idle()
+    assert service.status()["cancelled"] >= before  # those that had not ended yet
 
 
 def test_many_streaming_clients(service: Service) -> None:

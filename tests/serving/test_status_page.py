@@ -26,8 +26,10 @@ def test_page_shows_live_requests(service: Service, tmp_path: Path) -> None:
                 if stop.is_set():
                     break
 
-    worker = threading.Thread(target=keep_busy)
-    worker.start()
+    # several, so that the page is never looked at in the pause between two requests
+    workers = [threading.Thread(target=keep_busy) for _ in range(3)]
+    for worker in workers:
+        worker.start()
     try:
         service.wait(lambda: any(view["particles"] for view in service.status()["live"]), 20, "a request decodes")
         assert CHROMIUM is not None
@@ -36,7 +38,8 @@ def test_page_shows_live_requests(service: Service, tmp_path: Path) -> None:
         page = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     finally:
         stop.set()
-        worker.join(30)
+        for worker in workers:
+            worker.join(30)
     assert int(re.search(r'data-reports="(\d+)"', page).group(1)) >= 1  # type: ignore[union-attr]
     assert "seen-on-the-page" in page
     assert page.count('class="particle"') >= 4

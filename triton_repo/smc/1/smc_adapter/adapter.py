@@ -69,7 +69,7 @@ class SmcModel:
         self._senders = ThreadPoolExecutor(1, thread_name_prefix="sender")
         self._closing = threading.Event()
         self._tokens = TokenMetrics(self._name)
-        self._metrics = ExecutorMetrics() if self._name == "smc" else None
+        self._metrics = ExecutorMetrics(self._name)
         self._client = ExecutorClient(address, self._name, self._on_message, self._on_disconnect)
         self._poller = threading.Thread(target=self._poll_cancelled, name="cancellations", daemon=True)
         self._poller.start()
@@ -82,9 +82,15 @@ class SmcModel:
             try:
                 self._start(request, parameters, sender)
             except UnsupportedError as error:
-                _fail(sender, protocol.UNSUPPORTED, str(error))
+                self._refuse(request, sender, protocol.UNSUPPORTED, str(error))
             except InputError as error:
-                _fail(sender, protocol.INVALID_ARG, str(error))
+                self._refuse(request, sender, protocol.INVALID_ARG, str(error))
+            except Exception as error:  # one request's trouble must not become that of the others in the batch
+                pb_utils.Logger.log_error(f"model {self._name}: cannot start a request: {error!r}")
+                message = (
+                    f"the adapter failed, expected it to start the request, got {type(error).__name__}: report this"
+                )
+                self._refuse(request, sender, protocol.INTERNAL, message)
 
     def finalize(self) -> None:
         """End what is left and close."""
@@ -109,6 +115,14 @@ class SmcModel:
             self._stop(request.request_id(), sender)
         else:
             self._submit(request.request_id(), sender, parsed)
+
+    def _refuse(self, request: Any, sender: Sender, code: str, message: str) -> None:
+        """Answer with an error, and tell the executor, which counts and logs for all models.
+
+        The message stays out of what is logged: it may quote the prompt.
+        """
+        _fail(sender, code, message)
+        self._client.send(protocol.encode("refused", tag=request.request_id(), code=code))
 
     def _new_id(self) -> str:
         return f"{self._name}-{os.getpid()}-{next(self._numbers)}"
@@ -163,7 +177,7 @@ class SmcModel:
                 sender.send(pb_utils.InferenceResponse([tensor]), final=True)
         elif message["op"] == "hello":
             self._page_size = message["page_size"]
-        elif message["op"] == "stats" and self._metrics is not None:
+        elif message["op"] == "stats":
             self._metrics.update(message)
 
     def _on_disconnect(self) -> None:

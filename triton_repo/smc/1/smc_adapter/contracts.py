@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from smc_adapter.fields import MAX_BATCH_SIZE, Field, InputError, read_fields
+from smc_adapter.fields import MAX_BATCH_SIZE, MAX_WORD_BYTES, Field, InputError, read_fields
 
 INT32_MAX = 2**31 - 1
 MAX_SEQUENCES = 64
+MAX_NESTING = 32
+MAX_WORD_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ TEXT_INPUTS = _table(
     Field("stream", "BOOL"),
     Field("top_k", "INT32", param="top_k", low=0, high=INT32_MAX),
     Field("top_p", "FP32", low=0, high=1),
-    Field("stop_words", "STRING", (-1,)),
+    Field("stop_words", "STRING", (-1,), max_bytes=MAX_WORD_BYTES),
     Field("bad_words", "STRING", (-1,), neutral=("",)),
     Field("num_draft_tokens", "INT32", param="num_draft_tokens", low=0, high=1024),
     Field("length_penalty", "FP32", neutral=(0.0, 1.0)),
@@ -295,12 +297,12 @@ SMC_INPUTS = _table(
     *_both("seed", "UINT64"),
     *_both("stop_token_ids", "INT32", (-1,), low=0, high=INT32_MAX),
     *_both("ignore_eos", "BOOL"),
-    Field("stop_words", "STRING", (-1,), param="stop"),
-    Field("sampling_param_stop", "STRING", (-1,), param="stop"),
+    Field("stop_words", "STRING", (-1,), param="stop", max_bytes=MAX_WORD_BYTES),
+    Field("sampling_param_stop", "STRING", (-1,), param="stop", max_bytes=MAX_WORD_BYTES),
     Field("n", "INT32", low=1, high=MAX_SEQUENCES),
     Field("sampling_param_n", "INT32", low=1, high=MAX_SEQUENCES),
-    Field("mode", "STRING", param="mode"),
-    Field("select", "STRING", param="select"),
+    Field("mode", "STRING", param="mode", max_bytes=MAX_WORD_BYTES),
+    Field("select", "STRING", param="select", max_bytes=MAX_WORD_BYTES),
     Field("num_particles", "INT32", param="num_particles", low=1, high=4096),
     Field("num_draft_tokens", "INT32", param="num_draft_tokens", low=0, high=1024),
     Field("ess_threshold", "FP32", param="ess_threshold", low=0, high=1),
@@ -438,6 +440,10 @@ def _split_word_list(name: str, value: list[list[int]] | None) -> list[list[int]
             break
         if not start < end <= len(flat):
             raise InputError(f"input {name} has offsets {offsets}, expected them rising up to {len(flat)}: correct it")
+        if end - start > MAX_WORD_TOKENS:
+            raise InputError(
+                f"input {name} has a word of {end - start} tokens, expected at most {MAX_WORD_TOKENS}: shorten it"
+            )
         words.append(flat[start:end])
         start = end
     if any(token < 0 for word in words for token in word):
@@ -523,12 +529,29 @@ def _parse_smc(row: _Row) -> Parsed:
 def _messages(text: str) -> list[dict[str, Any]]:
     try:
         messages = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"input messages must be JSON, got {text[:60]!r} ({error}): send a list of messages") from None
     ok = isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)
     if not ok:
         raise InputError(f"input messages must be a non-empty JSON list of objects, got {text[:60]!r}: send one")
+    if _nesting(messages) > MAX_NESTING:
+        raise InputError(f"input messages is nested too deeply, expected at most {MAX_NESTING} levels: flatten it")
+    try:
+        json.dumps(messages, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair, which is no text
+        raise InputError(
+            f"input messages must be Unicode text, got {error.object[error.start]!r} at {error.start}: send whole characters"
+        ) from None
     return messages
+
+
+def _nesting(value: Any) -> int:
+    """Levels of lists and objects, counted without recursion."""
+    level, depth = [value], 0
+    while level := [each for each in level if isinstance(each, (list, dict))]:
+        level = [child for each in level for child in (each.values() if isinstance(each, dict) else each)]
+        depth += 1
+    return depth
 
 
 def _subs(

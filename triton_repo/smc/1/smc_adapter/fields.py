@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 MAX_TEXT_BYTES = 4 * 2**20
+MAX_WORD_BYTES = 1024
 MAX_BATCH_SIZE = 64
 
 _NUMPY_KINDS = {"STRING": "OSU", "BOOL": "b", "FP32": "f", "FP16": "f"}
@@ -41,6 +42,7 @@ class Field:
         required: the server refuses a request without it.
         param: the sampling parameter that it sets, if it is simply that.
         low, high: allowed range of numbers, both included.
+        max_bytes: of one string.
         neutral: if not empty, the only values that change nothing and are accepted.
         unsupported: if not empty, why the input is refused whenever it is sent.
     """
@@ -52,6 +54,7 @@ class Field:
     param: str = ""
     low: float = -math.inf
     high: float = math.inf
+    max_bytes: int = MAX_TEXT_BYTES
     neutral: tuple[Any, ...] = ()
     unsupported: str = ""
 
@@ -93,9 +96,9 @@ class Field:
     def _texts(self, array: np.ndarray) -> list[list[str]]:
         def text(value: Any, row: int) -> str:
             data = value if isinstance(value, bytes) else str(value).encode()
-            if len(data) > MAX_TEXT_BYTES:
+            if len(data) > self.max_bytes:
                 raise InputError(
-                    f"input {self.name} has {len(data)} bytes in row {row}, expected at most {MAX_TEXT_BYTES}: shorten it"
+                    f"input {self.name} has {len(data)} bytes in row {row}, expected at most {self.max_bytes}: shorten it"
                 )
             try:
                 return data.decode("utf-8")

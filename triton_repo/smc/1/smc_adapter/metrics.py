@@ -1,14 +1,16 @@
 """Metrics of the contract, on the server's own metrics endpoint.
 
-The model `smc` publishes the executor's figures (it sends them once a second); every model counts its own tokens. Names
-and labels of the nv_* families are those dashboards for the TensorRT-LLM backend expect; the smc_* families are ours.
+The executor sends its figures once a second. The model `tensorrt_llm` publishes them as the nv_trt_llm_* families, with the
+names and labels that dashboards and gateways for the TensorRT-LLM backend look for; `smc` publishes the smc_* families, which
+are ours. Every model counts the tokens of its own requests (nv_llm_*).
 
-    smc_ess_mean{model="smc"} 3.2            mean effective sample size of the rounds since the last report
-    nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="used",model="smc",version="1"} 118
+    smc_ess_mean{model="smc"} 3.2            mean effective sample size of the last rounds
+    nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="used",model="tensorrt_llm",version="1"} 118
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +33,13 @@ _LABELLED = (
     (
         "nv_trt_llm_kv_cache_block_metrics",
         "kv_cache_block_type",
-        {"max": "pages_total", "used": "pages_used", "free": "pages_free", "tokens_per": "page_size"},
+        {
+            "max": "pages_total",
+            "used": "pages_used",
+            "free": "pages_free",
+            "fraction": "pages_fraction",
+            "tokens_per": "page_size",
+        },
     ),
     (
         "nv_trt_llm_inflight_batcher_metrics",
@@ -57,27 +65,34 @@ _COUNTERS = {
 }
 
 
-class ExecutorMetrics:
-    """The executor's report as metric families."""
+# Upper bounds of the token histograms, those of the TensorRT-LLM backend.
+_BUCKETS = (10, 50, 100, 500, 1000)
 
-    def __init__(self) -> None:
+
+class ExecutorMetrics:
+    """The executor's report as metric families.
+
+    Args:
+        model: tensorrt_llm and smc each publish their families, other models none.
+    """
+
+    def __init__(self, model: str) -> None:
         self._families = []
         self._gauges = []
         self._counters: list[tuple[str, Any]] = []
         self._last: dict[str, float] = {}
         self._started = None
-        for name, label, values in _LABELLED:
+        for name, label, values in _LABELLED if model == "tensorrt_llm" else ():
             family = self._family(name, f"executor state by {label}", pb_utils.MetricFamily.GAUGE)
             for value, key in values.items():
-                labels = {"model": "smc", "version": "1", label: value}
-                self._gauges.append((key, family.Metric(labels=labels)))
-        for name, (key, text) in _GAUGES.items():
+                self._gauges.append((key, family.Metric(labels={"model": model, "version": "1", label: value})))
+        for name, (key, text) in _GAUGES.items() if model == "smc" else ():
             self._gauges.append(
-                (key, self._family(name, text, pb_utils.MetricFamily.GAUGE).Metric(labels={"model": "smc"}))
+                (key, self._family(name, text, pb_utils.MetricFamily.GAUGE).Metric(labels={"model": model}))
             )
-        for name, (key, text) in _COUNTERS.items():
+        for name, (key, text) in _COUNTERS.items() if model == "smc" else ():
             self._counters.append(
-                (key, self._family(name, text, pb_utils.MetricFamily.COUNTER).Metric(labels={"model": "smc"}))
+                (key, self._family(name, text, pb_utils.MetricFamily.COUNTER).Metric(labels={"model": model}))
             )
 
     def _family(self, name: str, text: str, kind: Any) -> Any:
@@ -97,7 +112,10 @@ class ExecutorMetrics:
 
 
 class TokenMetrics:
-    """Input and output tokens of one model's requests.
+    """Input and output tokens of one model's requests, as histograms.
+
+    The Python backend of the wheel's server has no histograms, so that their series are counters with a histogram's names and
+    labels; queries cannot tell.
 
     Args:
         model: its name.
@@ -106,15 +124,23 @@ class TokenMetrics:
     def __init__(self, model: str) -> None:
         self._families = []
         self._metrics: dict[str, Any] = {}
-        for key, name in (("prompt_tokens", "nv_llm_input_token_len"), ("output_tokens", "nv_llm_output_token_len")):
+        for key, name, kind in (
+            ("prompt_tokens", "nv_llm_input_token_len", "total_input_tokens"),
+            ("output_tokens", "nv_llm_output_token_len", "total_output_tokens"),
+        ):
+            labels = {"model": model, "response_metric_type": kind, "version": "1"}
             for suffix, text in (("sum", "tokens"), ("count", "requests")):
-                family = pb_utils.MetricFamily(
-                    name=f"{name}_{suffix}",
-                    description=f"{text} of finished requests",
-                    kind=pb_utils.MetricFamily.COUNTER,
-                )
-                self._families.append(family)
-                self._metrics[f"{key}_{suffix}"] = family.Metric(labels={"model": model, "version": "1"})
+                self._metrics[f"{key}_{suffix}"] = self._family(f"{name}_{suffix}", text).Metric(labels=labels)
+            family = self._family(f"{name}_bucket", "requests by length")
+            for bound in (*_BUCKETS, math.inf):
+                limit = "+Inf" if bound == math.inf else str(bound)
+                self._metrics[f"{key}_{bound}"] = family.Metric(labels={**labels, "le": limit})
+
+    def _family(self, name: str, text: str) -> Any:
+        description = f"{text} of finished requests"
+        family = pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.COUNTER)
+        self._families.append(family)
+        return family
 
     def observe(self, info: Mapping[str, Any]) -> None:
         """Count a finished request."""
@@ -122,3 +148,6 @@ class TokenMetrics:
             if key in info:
                 self._metrics[f"{key}_sum"].increment(float(info[key]))
                 self._metrics[f"{key}_count"].increment(1.0)
+                for bound in (*_BUCKETS, math.inf):
+                    if info[key] <= bound:
+                        self._metrics[f"{key}_{bound}"].increment(1.0)

@@ -2,7 +2,7 @@
 
 An adapter (DEALER) and the executor (ROUTER) exchange objects with a version `v` and an operation `op`:
 
-    adapter  -> executor   hello, submit, cancel, probe, stats, drain, goodbye
+    adapter  -> executor   hello, submit, refused, cancel, probe, stats, drain, goodbye
     executor -> adapter    hello, output, probed, stats, draining, goodbye
 
     >>> decode(encode("cancel", id="smc-71-1"))
@@ -10,7 +10,8 @@ An adapter (DEALER) and the executor (ROUTER) exchange objects with a version `v
 
 `output` carries what is new for one request (token ids, text), and with the last one a finish reason, and figures or an
 error. Several outputs of one request may be merged into one (`merge`), so that a receiver that falls behind holds at most
-one answer for each request. A draining executor says `goodbye` last and leaves once each adapter has said it back.
+one answer for each request. `refused` reports a request that the adapter itself answered with an error, for log and metrics.
+A draining executor says `goodbye` last and leaves once each adapter has said it back.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def decode(frame: bytes) -> dict[str, Any]:
     """
     try:
         message = json.loads(frame)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProtocolError(
             f"cannot read a message, expected JSON, got {frame[:40]!r} ({error}): use one release"
         ) from None
