@@ -48,7 +48,7 @@ class AttentionContext:
     Args:
         cos, sin: [B * Q, head_dim / 2] float32.
         slots: [B * Q] int64, page * page_size + offset to write to.
-        start: [B] int64, position of each sequence's first query.
+        start, offset: [B] int64 plus a number, position of each sequence's first query.
         block_table: [B, C] int32, columns contiguous.
         num_queries, page_size: Q and the page size.
         max_context: no sequence is longer than this after the pass; only decides how the work is split.
@@ -58,6 +58,7 @@ class AttentionContext:
     sin: Tensor
     slots: Tensor
     start: Tensor
+    offset: int
     block_table: Tensor
     num_queries: int
     page_size: int
@@ -73,7 +74,6 @@ def _context_kernel(
     cos,
     sin,
     slots,
-    first,
     offset,
     num_queries,
     half,
@@ -85,11 +85,9 @@ def _context_kernel(
     let_next_start(PDL)
     row = tl.program_id(0)
     sequence = row // num_queries
-    first_position = tl.load(start + sequence) + offset
-    position = first_position + row % num_queries
+    position = tl.load(start + sequence) + offset + row % num_queries
     page = tl.load(block_table + sequence * table_stride + position // PAGE_SIZE).to(tl.int64)
     tl.store(slots + row, page * PAGE_SIZE + position % PAGE_SIZE)
-    tl.store(first + sequence, first_position)
     pair = tl.arange(0, HALF)
     valid = pair < half
     angle = position.to(tl.float32) * tl.load(inv_freq + pair, mask=valid, other=0.0)
@@ -119,16 +117,15 @@ def make_context(
     slots = torch.empty(rows, dtype=torch.int64, device=start.device)
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     start = start.contiguous()
-    first = torch.empty_like(start)
     launch(
         _context_kernel,
         (rows,),
-        *(start, block_table, block_table.stride(0), inv_freq, cos, sin, slots, first, offset, num_queries, half),
+        *(start, block_table, block_table.stride(0), inv_freq, cos, sin, slots, offset, num_queries, half),
         PAGE_SIZE=page_size,
         HALF=next_power_of_2(half),
         num_warps=1,
     )
-    return AttentionContext(cos, sin, slots, first, block_table, num_queries, page_size, max_context)
+    return AttentionContext(cos, sin, slots, start, offset, block_table, num_queries, page_size, max_context)
 
 
 @triton.jit
@@ -288,7 +285,7 @@ def _old_tile(cache, half_cache, page, token, stop, kv_heads, kv_head, PAGE_SIZE
     return keys, values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset", "num_splits", "min_chunk"])
 def _attention_kernel(  # noqa: PLR0912, PLR0915 - one idea: a program's queries against its part of the context
     query,
     row_stride,
@@ -297,6 +294,7 @@ def _attention_kernel(  # noqa: PLR0912, PLR0915 - one idea: a program's queries
     block_table,
     table_stride,
     start,
+    offset,
     cos,
     sin,
     slots,
@@ -334,10 +332,11 @@ def _attention_kernel(  # noqa: PLR0912, PLR0915 - one idea: a program's queries
     line = (sequence * num_queries + query_index).to(tl.int64)
     column = tl.arange(0, HEAD_DIM)
     block_row = block_table + sequence * table_stride
-    # FUSED reads only what earlier passes wrote, many launches ago, so it need not wait for that.
+    # FUSED reads first what was written two or more launches ago: start, the block table and what earlier passes left
+    # in the pages. cos, sin, slots and qkv may come from the launch before.
     if not FUSED:
         wait_for_inputs(PDL)
-    first_position = tl.load(start + sequence, cache_modifier=".cg").to(tl.int32)
+    first_position = tl.load(start + sequence, cache_modifier=".cg").to(tl.int32) + offset
     if FUSED:
         length = first_position
     else:
@@ -474,7 +473,16 @@ def _launch_attention(
         _attention_kernel,
         (batch, blocks, splits),
         *(query, query.stride(0), layer_cache, layer_cache.stride(0), context.block_table),
-        *(context.block_table.stride(0), context.start, context.cos, context.sin, context.slots, q_norm, k_norm),
+        *(
+            context.block_table.stride(0),
+            context.start,
+            context.offset,
+            context.cos,
+            context.sin,
+            context.slots,
+            q_norm,
+            k_norm,
+        ),
         *(out, acc_parts, stat_parts, arrivals, math.log2(math.e) / math.sqrt(head_dim), eps),
         *(num_heads, kv_heads, queries, splits, min_chunk),
         GROUP=group,
@@ -486,7 +494,7 @@ def _launch_attention(
         FUSED=fused,
         NORM=norms is not None,
         SPLIT=splits > 1,
-        num_warps=8 if rows * head_dim >= 32 * 128 else 4,
+        num_warps=8 if rows * head_dim >= 16 * 128 else 4,
     )
     return out
 

@@ -56,7 +56,9 @@ __all__ = [
 
 _SHARED_BYTES = 200 * 1024  # what a program may take on Hopper, with some room
 _PREFETCH_BYTES = 8 << 20  # of a product's weights, while the launch before it ends
-_PREFETCH_GRAIN = 128  # bytes; a line of the L2 cache
+_LINE_BYTES = 128  # of the L2 cache
+_MODE = "both"
+_OWN_BYTES = 32768
 
 
 @dataclass(frozen=True)
@@ -92,21 +94,43 @@ class Upcoming:
 
 
 @triton.jit
-def _prefetch_upcoming(weight, bytes_per_split, split_stride, num_splits, chunk, program, THREADS: tl.constexpr):
-    """Ask the L2 cache for this program's share of [num_splits] stretches of bytes_per_split, a chunk a thread."""
-    index = program * THREADS + tl.arange(0, THREADS)
-    chunks_per_split = tl.cdiv(bytes_per_split, chunk)
-    split, start = index // chunks_per_split, index % chunks_per_split * chunk
-    address = weight.to(tl.int64) + split.to(tl.int64) * split_stride + start
-    size = tl.minimum(chunk, bytes_per_split - start)
+def _prefetch(pointers, wanted):
+    """Ask the L2 cache for the lines at `pointers` where wanted is not 0."""
     tl.inline_asm_elementwise(
-        "{ .reg .pred wanted; setp.ne.s32 wanted, $3, 0; @wanted cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r,r",
-        [address, size, (split < num_splits).to(tl.int32)],
+        "{ .reg .pred wanted; setp.ne.s32 wanted, $2, 0; @wanted prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [pointers, wanted.to(tl.int32)],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def _prefetch_upcoming(weight, lines_per_split, split_stride, num_splits, program, LINES: tl.constexpr):
+    """Ask for this program's share of [num_splits] stretches of lines of 128 bytes."""
+    index = program * LINES + tl.arange(0, LINES)
+    split, line = index // lines_per_split, index % lines_per_split
+    _prefetch(weight.to(tl.int64) + split.to(tl.int64) * split_stride + line * 128, split < num_splits)
+
+
+@triton.jit
+def _prefetch_own(
+    weight, inner_stride, column_stride, start, column, inner, columns,
+    INNER_MAJOR: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Ask for the first AHEAD inner rows of a program's weights, a line of 128 bytes (64 elements) a pointer."""
+    if INNER_MAJOR:
+        LINES: tl.constexpr = (AHEAD + 63) // 64
+        line = tl.arange(0, COLUMNS * LINES)
+        at = tl.minimum(column + line % COLUMNS, columns - 1).to(tl.int64) * column_stride
+        at += tl.minimum(start + line // COLUMNS * 64, inner - 1)
+    else:
+        LINES: tl.constexpr = (COLUMNS + 63) // 64
+        line = tl.arange(0, AHEAD * LINES)
+        at = tl.minimum(start + line // LINES, inner - 1).to(tl.int64) * inner_stride
+        at += tl.minimum(column + line % LINES * 64, columns - 1)
+    _prefetch((weight + at).to(tl.int64), at >= 0)
 
 
 @triton.jit
@@ -130,7 +154,7 @@ def _load_squares(squares, first, num_parts, row, is_row, num_rows, PARTS: tl.co
 @triton.jit(
     do_not_specialize=[
         *("num_rows", "num_parts", "num_splits"),
-        *("upcoming_bytes", "upcoming_stride", "upcoming_splits", "upcoming_chunk"),
+        *("upcoming_lines", "upcoming_stride", "upcoming_splits"),
     ]
 )
 def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decided at compile time
@@ -149,10 +173,9 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
     next_values,
     next_squares,
     upcoming,
-    upcoming_bytes,
+    upcoming_lines,
     upcoming_stride,
     upcoming_splits,
-    upcoming_chunk,
     acc_parts,
     arrivals,
     num_rows,
@@ -173,13 +196,21 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     PARTS: tl.constexpr,
+    OWN: tl.constexpr,
     UPCOMING: tl.constexpr,
-    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     column_tile, split, row_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = split * inner_per_split
     stop = tl.minimum(start + inner_per_split, inner)
+    if PDL and OWN > 0:
+        tile_start = column_tile * COLUMNS
+        _prefetch_own(weight, inner_stride, column_stride, start, tile_start, inner, columns, INNER_MAJOR, COLUMNS, OWN)
+        if GATED:
+            second = weight + columns * column_stride
+            _prefetch_own(
+                second, inner_stride, column_stride, start, tile_start, inner, columns, INNER_MAJOR, COLUMNS, OWN
+            )
     wait_for_inputs(PDL)
     let_next_start(PDL)
     row = row_tile * ROWS + tl.arange(0, ROWS)
@@ -209,9 +240,9 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
             up = _load_weights(up_at, k < stop, is_column, EVEN_INNER, EVEN_COLUMNS)
             up_acc = tl.dot(tile, up, up_acc, input_precision="ieee")
 
-    if PDL and UPCOMING:
+    if PDL and UPCOMING > 0:
         program = column_tile + tl.num_programs(0) * (split + tl.num_programs(1) * row_tile)
-        _prefetch_upcoming(upcoming, upcoming_bytes, upcoming_stride, upcoming_splits, upcoming_chunk, program, THREADS)
+        _prefetch_upcoming(upcoming, upcoming_lines, upcoming_stride, upcoming_splits, program, UPCOMING)
     writes = True
     if SPLIT:
         MATRICES: tl.constexpr = 2 if GATED else 1
@@ -383,18 +414,17 @@ def upcoming(weight: Tensor, tactic: Tactic) -> Upcoming | None:
     return Upcoming(weight, rows, rows_per_split, splits)
 
 
-def _upcoming_arguments(following: Upcoming | None, programs: int, threads: int, other: Tensor) -> tuple:
-    """Pointer, bytes of a stretch, stride of stretches, how many, and bytes for each thread."""
+def _upcoming_lines(following: Upcoming | None) -> tuple[int, int, int]:
+    """Lines of a stretch, bytes from one stretch to the next, and how many stretches."""
     if following is None:
-        return other, 0, 0, 0, _PREFETCH_GRAIN
+        return 1, 0, 0
     row_bytes = following.weight.shape[1] * following.weight.element_size()
-    stretch = following.rows * row_bytes
-    share = cdiv(stretch * following.splits, programs * threads)
-    chunk = cdiv(share, _PREFETCH_GRAIN) * _PREFETCH_GRAIN
-    # Rounding up within each stretch may need a few more chunks than there are threads.
-    while cdiv(stretch, chunk) * following.splits > programs * threads:
-        chunk += _PREFETCH_GRAIN
-    return following.weight, stretch, following.rows_per_split * row_bytes, following.splits, chunk
+    return cdiv(following.rows * row_bytes, _LINE_BYTES), following.rows_per_split * row_bytes, following.splits
+
+
+def _own_rows(tactic: Tactic, gated: bool, inner_per_split: int) -> int:
+    rows = _OWN_BYTES // (2 * tactic.columns * (2 if gated else 1))
+    return min(rows, 1 << (inner_per_split.bit_length() - 1))
 
 
 def _linear(
@@ -428,7 +458,8 @@ def _linear(
     if norm is not None:
         squares = torch.empty((grid[0], rows), dtype=torch.float32, device=device)
         normed = Prenormed(torch.empty_like(out), squares, norm[1])
-    threads = 32 * tactic.num_warps
+    lines, stride, stretches = _upcoming_lines(following)
+    programs = grid[0] * grid[1] * grid[2]
     num_parts = 0 if prenormed is None else prenormed.squares.shape[0]
     launch(
         _linear_kernel,
@@ -437,7 +468,7 @@ def _linear(
         *(x if bias is None else bias, x if prenormed is None else prenormed.squares, num_parts),
         *(0.0 if prenormed is None else prenormed.eps, x if residual is None else residual, out),
         *((out, out, out) if normed is None or norm is None else (norm[0], normed.values, normed.squares)),
-        *_upcoming_arguments(following, grid[0] * grid[1] * grid[2], threads, weight),
+        *(weight if following is None else following.weight, lines, stride, stretches),
         *(acc_parts, arrivals, rows, columns, inner, inner_per_split, splits),
         PRENORMED=prenormed is not None,
         BIAS=bias is not None,
@@ -453,8 +484,10 @@ def _linear(
         INNER=tactic.inner,
         # A tile that fits the registers; more parts take further turns.
         PARTS=min(max(16, 8192 // tactic.rows), next_power_of_2(max(num_parts, 1))),
-        UPCOMING=following is not None,
-        THREADS=threads,
+        OWN=_own_rows(tactic, gated, inner_per_split) if _MODE in ("own", "both") else 0,
+        UPCOMING=next_power_of_2(cdiv(lines * stretches, programs))
+        if stretches and _MODE in ("upcoming", "both")
+        else 0,
         num_warps=tactic.num_warps,
         num_stages=tactic.num_stages,
     )

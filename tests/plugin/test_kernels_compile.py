@@ -156,4 +156,4 @@ def test_products(model: str, rows: int) -> None:
             assert "cp.async.cg.shared.global" in one.ptx  # weights travel in asynchronous 16-byte copies
     # The first product asks for the next one's weights after it has started the last of its own copies.
     first = compiled[0].ptx
-    assert first.rindex("cp.async.cg") < first.index("cp.async.bulk.prefetch.L2")
+    assert first.rindex("cp.async.cg") < first.rindex("prefetch.global.L2")
