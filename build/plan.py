@@ -11,6 +11,7 @@ from pathlib import Path
 
 from smc_build.checkpoint import largest_tensor_bytes
 from smc_build.dtypes import dtype_name
+from smc_build.engine_dir import Role
 from smc_build.machine import device_memory, format_bytes, free_disk_bytes, free_memory_bytes
 from smc_build.presets import ModelSource, resolve
 from smc_build.tensorrt_api import load
@@ -168,32 +169,37 @@ def check_buildable(plan: BuildPlan) -> None:
         )
 
 
-def round_rows(particles: int, draft_tokens: int, groups: int) -> tuple[int, ...]:
-    """Row counts that rounds run.
+def round_rows(role: Role, particles: int, draft_tokens: int, groups: int) -> tuple[int, ...]:
+    """Row counts that a model's passes in a round run.
 
-    A round runs G*N rows (draft), 2*G*N (its first pass, two tokens) and G*N*(K+1) (score), plain decoding G. G is a
-    power of two up to `groups`, or `groups` itself.
+    With G requests the draft runs G*N rows a pass and 2*G*N in the first, the target G*N*(K+1), or G in plain decoding.
+    G is a power of two up to `groups`, or `groups` itself.
 
     Args:
-        particles: largest N.
-        draft_tokens: largest K.
+        role: target or draft.
+        particles, draft_tokens: N and K.
         groups: largest number of concurrent requests.
     Returns:
         ascending row counts.
     """
     sizes = {1 << exponent for exponent in range(groups.bit_length())} | {groups}
-    return tuple(sorted(sizes | {size * particles * factor for size in sizes for factor in (1, 2, draft_tokens + 1)}))
+    factors = (1, 2) if role == "draft" else (draft_tokens + 1,)
+    rows = {size * particles * factor for size in sizes for factor in factors}
+    return tuple(sorted(rows if role == "draft" else rows | sizes))
 
 
 def row_buckets(particles: int, draft_tokens: int, groups: int) -> tuple[int, ...]:
     """Row counts that regions are compiled for: those of rounds, rounded up to a size that matrix units like.
 
     Args:
-        particles, draft_tokens, groups: see `round_rows`.
+        particles, draft_tokens: largest N and K.
+        groups: largest number of concurrent requests.
     Returns:
         ascending row counts.
     """
-    return tuple(sorted({_round_rows(count) for count in round_rows(particles, draft_tokens, groups)}))
+    roles: tuple[Role, ...] = ("target", "draft")
+    rows = {count for role in roles for count in round_rows(role, particles, draft_tokens, groups)}
+    return tuple(sorted({_round_rows(count) for count in rows}))
 
 
 def _check_ranges(options: BuildOptions) -> None:

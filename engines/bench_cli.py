@@ -23,6 +23,7 @@ from typing import Any, get_args
 import torch
 
 from smc_build.builder import BuildOptions
+from smc_build.engine_dir import Role
 from smc_engines.bench import plot, profiling, report
 from smc_engines.bench.floor import copy_bandwidth
 from smc_engines.bench.measure import Bench, CaseFailedError, repeat
@@ -325,12 +326,13 @@ def _tune(engine: Engine, plan: Plan) -> dict[str, Any]:
     """Let the engine find its tactics for the numbers of rows that the base point's passes have."""
     from smc_engines.tuning import tune_engine  # noqa: PLC0415 - importing it needs triton
 
-    started, rows = time.perf_counter(), set()
+    started = time.perf_counter()
+    rows: dict[Role, set[int]] = {"target": set(), "draft": set()}
     for case in plan.base:
         sequences = case.point.batch * case.num_particles
-        rows |= {sequences * (case.num_draft_tokens + 1)}
-        rows |= {sequences, 2 * sequences} if case.num_draft_tokens else set()
-    tactics = tune_engine(engine, sorted(rows), _say)
+        rows["target"].add(sequences * (case.num_draft_tokens + 1))
+        rows["draft"] |= {sequences, 2 * sequences} if case.num_draft_tokens else set()
+    tactics = tune_engine(engine, {role: sorted(counts) for role, counts in rows.items()}, _say)
     _say(f"tuned in {time.perf_counter() - started:.1f} s")
     return tactics
 

@@ -1,8 +1,7 @@
 """Runs regions on the fused products of smc_plugin.kernels.matmul.
 
 A block is four launches: o, gate/up, down and the next qkv, each with the residual, norm, activation and bias around it.
-Each also asks for the weights that come next, qkv for the o after its attention, so that the memory does not idle between
-launches. For a Llama-8B block at 8 rows these four read 436 MB of weights and little else.
+For a Llama-8B block at 8 rows these four read 436 MB of weights and little else.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from smc_plugin.backend import triton_kernels
 from smc_plugin.tactic import Tactic
 
 if TYPE_CHECKING:
-    from smc_plugin.kernels.matmul import Prenormed, Upcoming
+    from smc_plugin.kernels.matmul import Prenormed
 
 PRODUCTS = ("o", "gate_up", "down", "qkv", "head")
 
@@ -56,7 +55,6 @@ class FusedRegions:
         self._eps = config.rms_eps
         self._sizes = product_sizes(config)
         self._sms = launch.sm_count(weights["embed"].device)
-        self._last_block = config.num_layers - 2
         self._bound = bind_weights(config, weights)
         self._tactics = tactics or ModelTactics()
         self._chosen: dict[tuple[str, int], Tactic] = {}
@@ -79,8 +77,7 @@ class FusedRegions:
         bound, matmul, eps = self._bound[region, layer], self._matmul, self._eps
         if region == "entry":
             x = activations["x"]
-            normed = matmul.rms_norm(x, bound["attn_norm"], eps)
-            return {"qkv": self._qkv(normed, x.shape[0], bound, "", following_layer=0)}
+            return {"qkv": self._qkv(matmul.rms_norm(x, bound["attn_norm"], eps), x.shape[0], bound, "")}
         if region == "head":
             hidden = activations["hidden"]
             tactic = self.tactic("head", hidden.shape[0])
@@ -89,33 +86,17 @@ class FusedRegions:
         attn, residual = activations["attn"], activations["residual"]
         rows = attn.shape[0]
         residual, normed = matmul.linear_and_norm(
-            *(attn, bound["o"], residual, (bound["mlp_norm"], eps), self.tactic("o", rows)),
-            self._upcoming("gate_up", rows, bound["gate_up"]),
+            attn, bound["o"], residual, (bound["mlp_norm"], eps), self.tactic("o", rows)
         )
-        tactic, following = self.tactic("gate_up", rows), self._upcoming("down", rows, bound["down"])
-        inner = matmul.gated(normed, bound["gate_up"], tactic, following)
+        inner = matmul.gated(normed, bound["gate_up"], self.tactic("gate_up", rows))
         tactic = self.tactic("down", rows)
         if region == "exit":
             residual = matmul.linear(inner, bound["down"], residual=residual, tactic=tactic)
             return {"hidden": matmul.rms_norm(residual, bound["final_norm"], eps)}
-        following = self._upcoming("qkv", rows, bound["next_qkv"])
         norm = bound["next_attn_norm"], eps
-        residual, normed = matmul.linear_and_norm(inner, bound["down"], residual, norm, tactic, following)
-        assert layer is not None
-        return {"qkv": self._qkv(normed, rows, bound, "next_", layer + 1), "residual": residual}
+        residual, normed = matmul.linear_and_norm(inner, bound["down"], residual, norm, tactic)
+        return {"qkv": self._qkv(normed, rows, bound, "next_"), "residual": residual}
 
-    def _qkv(
-        self, x: Tensor | Prenormed, rows: int, bound: Mapping[str, Tensor], prefix: str, following_layer: int
-    ) -> Tensor:
-        is_block = following_layer <= self._last_block
-        after = self._bound["block" if is_block else "exit", following_layer if is_block else None]
-        return self._matmul.linear(
-            x,
-            bound[f"{prefix}qkv"],
-            bound.get(f"{prefix}qkv_bias"),
-            tactic=self.tactic("qkv", rows),
-            following=self._upcoming("o", rows, after["o"]),
-        )
-
-    def _upcoming(self, product: str, rows: int, weight: Tensor) -> Upcoming | None:
-        return self._matmul.upcoming(weight, self.tactic(product, rows))
+    def _qkv(self, x: Tensor | Prenormed, rows: int, bound: Mapping[str, Tensor], prefix: str) -> Tensor:
+        bias = bound.get(f"{prefix}qkv_bias")
+        return self._matmul.linear(x, bound[f"{prefix}qkv"], bias, tactic=self.tactic("qkv", rows))

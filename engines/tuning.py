@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smc_build.engine_dir import Role
+from smc_build.engine_dir import Manifest, Role
 from smc_build.model_config import ModelConfig
 from smc_build.network import ROWS, layer_inputs, region_specs
 from smc_build.plan import round_rows
@@ -35,14 +35,13 @@ from smc_engines.tactics import ModelTactics, RegionTimes, Runner
 from smc_plugin.errors import ConfigError
 from smc_plugin.kernels.compile import precompile
 from smc_plugin.kernels.launch import recording, sm_count
-from smc_plugin.kernels.matmul import candidate_tactics, prefetch_rows
+from smc_plugin.kernels.matmul import candidate_tactics
 from smc_plugin.tactic import Tactic
 
 # Weights that fit the L2 cache would be timed from there; between such calls this much is overwritten.
 _FLUSH_BYTES = 256 << 20
 _REPLAYS = 5
 _GAIN = 0.998  # another tactic must be that much faster than the one so far
-_PREFETCHES = (0, 4 << 20, 16 << 20, 32 << 20)  # bytes of a product's weights to ask for early
 _CONTEXT_TOKENS = 384  # that attention reads in a timed pass
 
 Say = Callable[[str], None]
@@ -56,12 +55,12 @@ class Chain:
     flush: bool
 
 
-def tune_engine(engine: Engine, rows: Sequence[int] | None = None, say: Say = print) -> dict[str, Any]:
+def tune_engine(engine: Engine, rows: Mapping[Role, Sequence[int]] | None = None, say: Say = print) -> dict[str, Any]:
     """Time an engine's regions on its GPU and let it use the fastest from now on.
 
     Args:
         engine: on a GPU; nothing may run on it meanwhile, and what its KV pages held is lost.
-        rows: numbers of rows to time; None takes those of its rounds.
+        rows: numbers of rows to time for each model; None takes those of the engine's rounds.
         say: takes a line of progress.
     Returns:
         what belongs into the manifest's `tactics`.
@@ -71,14 +70,14 @@ def tune_engine(engine: Engine, rows: Sequence[int] | None = None, say: Say = pr
     if engine.device.type != "cuda":
         raise ConfigError(f"tuning needs a CUDA GPU, the engine is on {engine.device}: run it on the GPU machine")
     manifest = engine.manifest
-    rows = rows or round_rows(manifest.max_particles, manifest.max_draft_tokens, manifest.max_groups)
+    rows = rows or {role: _round_rows(manifest, role) for role in engine.models}
     models: dict[Role, ModelTactics] = {}
     for role, model in engine.models.items():
         wanted: set[Runner] = {"fused", "plans"} if engine.plan_folder is not None else {"fused"}
         runners = make_runners(wanted, manifest, role, model.weights, None, engine.plan_folder, None)
         tuner = Tuner(model, runners, manifest.max_draft_tokens + 1, lambda text, role=role: say(f"{role}: {text}"))
         with torch.inference_mode():
-            models[role] = tuner.tune(tuple(rows))
+            models[role] = tuner.tune(rows[role])
     gpu = torch.cuda.get_device_name(engine.device)
     tactics = {"gpu": gpu, "models": {role: found.to_dict() for role, found in models.items()}}
     engine.manifest = dataclasses.replace(manifest, tactics=tactics)
@@ -87,6 +86,14 @@ def tune_engine(engine: Engine, rows: Sequence[int] | None = None, say: Say = pr
             engine.config.regions, engine.manifest, role, model.weights, engine.plan_folder, None
         )
     return tactics
+
+
+def _round_rows(manifest: Manifest, role: Role) -> list[int]:
+    """Row counts of smc rounds with the most particles, and of speculative ones, which have one."""
+    limits = manifest.max_draft_tokens, manifest.max_groups
+    return sorted(
+        {count for particles in (1, manifest.max_particles) for count in round_rows(role, particles, *limits)}
+    )
 
 
 class Tuner:
@@ -133,10 +140,8 @@ class Tuner:
             if us < best_us * _GAIN:
                 best, best_us = tactic, us
         assert best is not None
-        columns, inner = product_sizes(self._config)[name]
-        width = columns * (2 if name == "gate_up" else 1)
-        for num_bytes in _PREFETCHES if name != "head" else ():
-            tactic = dataclasses.replace(best, prefetch=prefetch_rows(num_bytes, width, inner, best.splits))
+        halves = (dataclasses.replace(best, prefetch=best.prefetch // 2), dataclasses.replace(best, prefetch=0))
+        for tactic in halves if name != "head" else ():
             us = self._product_us(name, rows, tactic)
             if us < best_us * _GAIN:
                 best, best_us = tactic, us

@@ -13,8 +13,7 @@ class Tactic:
         rows, columns, inner: the tile; powers of two, at least 16.
         splits: parts of the inner dimension.
         num_warps, num_stages: of a program.
-        prefetch: inner rows at the start of each split that the launch before asks for when its own weights are read,
-            so that the memory is busy between the two.
+        prefetch: inner rows of its own weights that a program asks for before it waits; a power of two, or 0.
     """
 
     rows: int

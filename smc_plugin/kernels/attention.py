@@ -36,8 +36,8 @@ from smc_plugin.kernels.launch import (
 )
 
 _FUSED_ROWS = 64  # query rows a program holds; a (sequence, KV head) with more takes the two-launch path
-_LONG_CHUNK = 512  # tokens of the context that one program takes before others help
-_TILE_BYTES = 8192  # of a tile's keys
+_LEAST_CHUNK = 256  # tokens of the context that one program takes before others help
+_TILE_BYTES = 16384  # of a tile's keys
 _HEADS_PER_PROGRAM = 8
 
 
@@ -440,7 +440,7 @@ def _split(programs: int, max_context: int, tokens: int, device: torch.device) -
     Two programs a multiprocessor are enough. Where there are many anyway, parts only cost their combination.
     """
     sms = sm_count(device)
-    min_chunk = 2 * tokens if 4 * programs <= sms else cdiv(_LONG_CHUNK, tokens) * tokens
+    min_chunk = 2 * tokens if 4 * programs <= sms else cdiv(_LEAST_CHUNK, tokens) * tokens
     return max(1, min(2 * sms // programs, cdiv(max_context, min_chunk))), min_chunk
 
 
@@ -494,7 +494,7 @@ def _launch_attention(
         FUSED=fused,
         NORM=norms is not None,
         SPLIT=splits > 1,
-        num_warps=8 if rows * head_dim >= 16 * 128 else 4,
+        num_warps=8,
     )
     return out
 

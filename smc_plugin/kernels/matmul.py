@@ -11,9 +11,8 @@ y also writes y times the norm's weight and the sums of y² over its columns (`P
 consumes it multiplies its accumulator by 1/rms at the end. Narrow matrices are split over the inner dimension too; the
 last program to finish a tile sums the parts in order, so results do not depend on timing.
 
-Between two products the memory would idle: the last programs finish, the next ones wait for them and fill their
-pipelines, three microseconds in all, 9 MB on an H100. So a program that has read its weights asks the L2 cache for the
-first weights of the product that comes next (`Upcoming`).
+Under programmatic dependent launch a program asks the L2 cache for its first weights before it waits for the kernel that
+makes x, so that the memory is busy while one product ends and the next begins (6 % of a pass of Llama-1B on an H100).
 
 Example: Llama-1B's o projection, 8 rows, 2048 -> 2048, is 64 column tiles of 32 times 4 splits = 256 programs, each of
 which streams 512 * 32 weights (32 kB).
@@ -43,22 +42,16 @@ from smc_plugin.tactic import Tactic
 __all__ = [
     "Prenormed",
     "Tactic",
-    "Upcoming",
     "candidate_tactics",
     "default_tactic",
     "gated",
     "linear",
     "linear_and_norm",
-    "prefetch_rows",
     "rms_norm",
-    "upcoming",
 ]
 
 _SHARED_BYTES = 200 * 1024  # what a program may take on Hopper, with some room
-_PREFETCH_BYTES = 8 << 20  # of a product's weights, while the launch before it ends
-_LINE_BYTES = 128  # of the L2 cache
-_MODE = "both"
-_OWN_BYTES = 32768
+_PREFETCH_BYTES = 32 << 10  # of its own weights that a program asks for before it waits
 
 
 @dataclass(frozen=True)
@@ -76,30 +69,13 @@ class Prenormed:
     eps: float
 
 
-@dataclass(frozen=True)
-class Upcoming:
-    """The weights that the next product will read first.
-
-    Args:
-        weight: [inner, columns], contiguous.
-        rows: inner rows at the start of each split.
-        rows_per_split: from one split to the next.
-        splits: how many.
-    """
-
-    weight: Tensor
-    rows: int
-    rows_per_split: int
-    splits: int
-
-
 @triton.jit
-def _prefetch(pointers, wanted):
-    """Ask the L2 cache for the lines at `pointers` where wanted is not 0."""
+def _prefetch(pointers):
+    """Ask the L2 cache for the lines at `pointers`."""
     tl.inline_asm_elementwise(
-        "{ .reg .pred wanted; setp.ne.s32 wanted, $2, 0; @wanted prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [pointers, wanted.to(tl.int32)],
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -107,15 +83,7 @@ def _prefetch(pointers, wanted):
 
 
 @triton.jit
-def _prefetch_upcoming(weight, lines_per_split, split_stride, num_splits, program, LINES: tl.constexpr):
-    """Ask for this program's share of [num_splits] stretches of lines of 128 bytes."""
-    index = program * LINES + tl.arange(0, LINES)
-    split, line = index // lines_per_split, index % lines_per_split
-    _prefetch(weight.to(tl.int64) + split.to(tl.int64) * split_stride + line * 128, split < num_splits)
-
-
-@triton.jit
-def _prefetch_own(
+def _prefetch_weights(
     weight, inner_stride, column_stride, start, column, inner, columns,
     INNER_MAJOR: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
@@ -124,13 +92,12 @@ def _prefetch_own(
         LINES: tl.constexpr = (AHEAD + 63) // 64
         line = tl.arange(0, COLUMNS * LINES)
         at = tl.minimum(column + line % COLUMNS, columns - 1).to(tl.int64) * column_stride
-        at += tl.minimum(start + line // COLUMNS * 64, inner - 1)
+        _prefetch(weight + at + tl.minimum(start + line // COLUMNS * 64, inner - 1))
     else:
         LINES: tl.constexpr = (COLUMNS + 63) // 64
         line = tl.arange(0, AHEAD * LINES)
         at = tl.minimum(start + line // LINES, inner - 1).to(tl.int64) * inner_stride
-        at += tl.minimum(column + line % LINES * 64, columns - 1)
-    _prefetch((weight + at).to(tl.int64), at >= 0)
+        _prefetch(weight + at + tl.minimum(column + line % LINES * 64, columns - 1))
 
 
 @triton.jit
@@ -151,12 +118,7 @@ def _load_squares(squares, first, num_parts, row, is_row, num_rows, PARTS: tl.co
 
 
 # A machine code for each number of rows or parts would help nobody, and take a second each to compile.
-@triton.jit(
-    do_not_specialize=[
-        *("num_rows", "num_parts", "num_splits"),
-        *("upcoming_lines", "upcoming_stride", "upcoming_splits"),
-    ]
-)
+@triton.jit(do_not_specialize=["num_rows", "num_parts", "num_splits"])
 def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decided at compile time
     x,
     x_stride,
@@ -172,10 +134,6 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
     next_norm,
     next_values,
     next_squares,
-    upcoming,
-    upcoming_lines,
-    upcoming_stride,
-    upcoming_splits,
     acc_parts,
     arrivals,
     num_rows,
@@ -196,21 +154,22 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     PARTS: tl.constexpr,
-    OWN: tl.constexpr,
-    UPCOMING: tl.constexpr,
+    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     column_tile, split, row_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = split * inner_per_split
     stop = tl.minimum(start + inner_per_split, inner)
-    if PDL and OWN > 0:
-        tile_start = column_tile * COLUMNS
-        _prefetch_own(weight, inner_stride, column_stride, start, tile_start, inner, columns, INNER_MAJOR, COLUMNS, OWN)
+    if PDL and PREFETCH > 0:
+        _prefetch_weights(
+            weight, inner_stride, column_stride, start, column_tile * COLUMNS, inner, columns,
+            INNER_MAJOR, COLUMNS, PREFETCH,
+        )  # fmt: skip
         if GATED:
-            second = weight + columns * column_stride
-            _prefetch_own(
-                second, inner_stride, column_stride, start, tile_start, inner, columns, INNER_MAJOR, COLUMNS, OWN
-            )
+            _prefetch_weights(
+                weight + columns * column_stride, inner_stride, column_stride, start, column_tile * COLUMNS, inner,
+                columns, INNER_MAJOR, COLUMNS, PREFETCH,
+            )  # fmt: skip
     wait_for_inputs(PDL)
     let_next_start(PDL)
     row = row_tile * ROWS + tl.arange(0, ROWS)
@@ -240,9 +199,6 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
             up = _load_weights(up_at, k < stop, is_column, EVEN_INNER, EVEN_COLUMNS)
             up_acc = tl.dot(tile, up, up_acc, input_precision="ieee")
 
-    if PDL and UPCOMING > 0:
-        program = column_tile + tl.num_programs(0) * (split + tl.num_programs(1) * row_tile)
-        _prefetch_upcoming(upcoming, upcoming_lines, upcoming_stride, upcoming_splits, program, UPCOMING)
     writes = True
     if SPLIT:
         MATRICES: tl.constexpr = 2 if GATED else 1
@@ -377,7 +333,7 @@ def candidate_tactics(rows: int, columns: int, inner: int, gated: bool, sms: int
         more = 2 * splits
         wanted = (splits, more) if programs * more <= 3 * sms and inner // more >= 2 * tile_inner else (splits,)
         for parts in wanted if fits else ():
-            prefetch = prefetch_rows(_PREFETCH_BYTES, columns * (2 if gated else 1), inner, parts)
+            prefetch = _prefetch_rows(tile_columns, gated, inner // parts)
             found.append(Tactic(tile_rows, tile_columns, tile_inner, parts, _warps(tile_rows), stages, prefetch))
     return list(dict.fromkeys(found))
 
@@ -387,44 +343,15 @@ def _warps(tile_rows: int) -> int:
     return 8 if tile_rows > 64 else 4
 
 
-def prefetch_rows(num_bytes: int, width: int, inner: int, splits: int) -> int:
-    """Inner rows of each split that make num_bytes of 16-bit weights [inner, width], no more than there are."""
-    return min(num_bytes // (2 * width * splits), inner // splits)
+def _prefetch_rows(columns: int, gated: bool, inner_per_split: int) -> int:
+    """Inner rows that make _PREFETCH_BYTES of 16-bit weights, no more than a program has; a power of two."""
+    wanted = _PREFETCH_BYTES // (2 * columns * (2 if gated else 1))
+    return min(wanted, 1 << (max(inner_per_split, 1).bit_length() - 1))
 
 
 def _inner_per_split(inner: int, tactic: Tactic) -> int:
     """Whole tiles in every split, so that only the last can be ragged."""
     return cdiv(cdiv(inner, tactic.splits), tactic.inner) * tactic.inner
-
-
-def upcoming(weight: Tensor, tactic: Tactic) -> Upcoming | None:
-    """What a launch can ask for on behalf of the next product; None where the tactic wants nothing.
-
-    Args:
-        weight: [inner, columns] of that product, contiguous; a row is a multiple of 16 bytes.
-        tactic: of that product.
-    """
-    if tactic.prefetch == 0 or weight.shape[1] * weight.element_size() % 16:
-        return None
-    inner = weight.shape[0]
-    rows_per_split = _inner_per_split(inner, tactic)
-    splits = cdiv(inner, rows_per_split)
-    # The last split may have fewer rows than the others.
-    rows = min(tactic.prefetch, inner - (splits - 1) * rows_per_split)
-    return Upcoming(weight, rows, rows_per_split, splits)
-
-
-def _upcoming_lines(following: Upcoming | None) -> tuple[int, int, int]:
-    """Lines of a stretch, bytes from one stretch to the next, and how many stretches."""
-    if following is None:
-        return 1, 0, 0
-    row_bytes = following.weight.shape[1] * following.weight.element_size()
-    return cdiv(following.rows * row_bytes, _LINE_BYTES), following.rows_per_split * row_bytes, following.splits
-
-
-def _own_rows(tactic: Tactic, gated: bool, inner_per_split: int) -> int:
-    rows = _OWN_BYTES // (2 * tactic.columns * (2 if gated else 1))
-    return min(rows, 1 << (inner_per_split.bit_length() - 1))
 
 
 def _linear(
@@ -437,7 +364,6 @@ def _linear(
     gated: bool,
     dtype: torch.dtype | None,
     tactic: Tactic | None,
-    following: Upcoming | None,
 ) -> tuple[Tensor, Prenormed | None]:
     prenormed, x = (x, x.values) if isinstance(x, Prenormed) else (None, x)
     rows, inner = x.shape
@@ -458,8 +384,6 @@ def _linear(
     if norm is not None:
         squares = torch.empty((grid[0], rows), dtype=torch.float32, device=device)
         normed = Prenormed(torch.empty_like(out), squares, norm[1])
-    lines, stride, stretches = _upcoming_lines(following)
-    programs = grid[0] * grid[1] * grid[2]
     num_parts = 0 if prenormed is None else prenormed.squares.shape[0]
     launch(
         _linear_kernel,
@@ -468,7 +392,6 @@ def _linear(
         *(x if bias is None else bias, x if prenormed is None else prenormed.squares, num_parts),
         *(0.0 if prenormed is None else prenormed.eps, x if residual is None else residual, out),
         *((out, out, out) if normed is None or norm is None else (norm[0], normed.values, normed.squares)),
-        *(weight if following is None else following.weight, lines, stride, stretches),
         *(acc_parts, arrivals, rows, columns, inner, inner_per_split, splits),
         PRENORMED=prenormed is not None,
         BIAS=bias is not None,
@@ -484,10 +407,7 @@ def _linear(
         INNER=tactic.inner,
         # A tile that fits the registers; more parts take further turns.
         PARTS=min(max(16, 8192 // tactic.rows), next_power_of_2(max(num_parts, 1))),
-        OWN=_own_rows(tactic, gated, inner_per_split) if _MODE in ("own", "both") else 0,
-        UPCOMING=next_power_of_2(cdiv(lines * stretches, programs))
-        if stretches and _MODE in ("upcoming", "both")
-        else 0,
+        PREFETCH=tactic.prefetch,
         num_warps=tactic.num_warps,
         num_stages=tactic.num_stages,
     )
@@ -502,7 +422,6 @@ def linear(
     transpose_w: bool = False,
     dtype: torch.dtype | None = None,
     tactic: Tactic | None = None,
-    following: Upcoming | None = None,
 ) -> Tensor:
     """x @ weight + bias + residual, each part but the product optional.
 
@@ -513,11 +432,10 @@ def linear(
         residual: [rows, columns], contiguous.
         dtype: of the result, x's by default.
         tactic: how to cut the work; None takes default_tactic.
-        following: what to ask the L2 cache for at the end (see `upcoming`).
     Returns:
         [rows, columns]; sums are made in float32 and rounded once.
     """
-    return _linear(x, weight, bias, residual, None, transpose_w, False, dtype, tactic, following)[0]
+    return _linear(x, weight, bias, residual, None, transpose_w, False, dtype, tactic)[0]
 
 
 def linear_and_norm(
@@ -526,31 +444,28 @@ def linear_and_norm(
     residual: Tensor,
     norm: tuple[Tensor, float],
     tactic: Tactic | None = None,
-    following: Upcoming | None = None,
 ) -> tuple[Tensor, Prenormed]:
     """y = x @ weight + residual, and y on its way through an RMS norm.
 
     Args:
-        x, weight, residual, tactic, following: see `linear`.
+        x, weight, residual, tactic: see `linear`.
         norm: ([columns] weight, eps) of the norm.
     Returns:
         y [rows, columns], and what the product after the norm takes in place of norm(y).
     """
-    out, normed = _linear(x, weight, None, residual, norm, False, False, None, tactic, following)
+    out, normed = _linear(x, weight, None, residual, norm, False, False, None, tactic)
     assert normed is not None
     return out, normed
 
 
-def gated(
-    x: Tensor | Prenormed, weight: Tensor, tactic: Tactic | None = None, following: Upcoming | None = None
-) -> Tensor:
+def gated(x: Tensor | Prenormed, weight: Tensor, tactic: Tactic | None = None) -> Tensor:
     """silu(x @ gate) * (x @ up).
 
     Args:
         x: [rows, inner], columns contiguous; a `Prenormed` one is normalised first.
         weight: [inner, 2 f], gate first; contiguous, x's dtype.
-        tactic, following: see `linear`.
+        tactic: see `linear`.
     Returns:
         [rows, f] in x's dtype.
     """
-    return _linear(x, weight, None, None, None, False, True, None, tactic, following)[0]
+    return _linear(x, weight, None, None, None, False, True, None, tactic)[0]

@@ -141,11 +141,8 @@ def test_products(model: str, rows: int) -> None:
     hidden, qkv, ffn, _ = MODELS[model]
     norm, residual = (meta(hidden), 1e-5), meta(rows, hidden)
     with launch.recording() as recorded:
-        gate_up = meta(hidden, 2 * ffn)
-        following = matmul.upcoming(gate_up, matmul.default_tactic(rows, ffn, hidden, True, 132))
-        attended = meta(rows, hidden)
-        _, normed = matmul.linear_and_norm(attended, meta(hidden, hidden), residual, norm, following=following)
-        inner = matmul.gated(normed, gate_up)
+        _, normed = matmul.linear_and_norm(meta(rows, hidden), meta(hidden, hidden), residual, norm)
+        inner = matmul.gated(normed, meta(hidden, 2 * ffn))
         _, normed = matmul.linear_and_norm(inner, meta(ffn, hidden), residual, norm)
         matmul.linear(normed, meta(hidden, qkv))
         matmul.linear(meta(rows, hidden), meta(VOCAB, hidden), transpose_w=True, dtype=F32)
@@ -153,7 +150,7 @@ def test_products(model: str, rows: int) -> None:
     for one in compiled:
         assert one.spill_bytes == 0, one.name
         if one.name == "_linear_kernel":
-            assert "cp.async.cg.shared.global" in one.ptx  # weights travel in asynchronous 16-byte copies
-    # The first product asks for the next one's weights after it has started the last of its own copies.
-    first = compiled[0].ptx
-    assert first.rindex("cp.async.cg") < first.rindex("prefetch.global.L2")
+            # Weights travel in asynchronous 16-byte copies, asked for before the wait for the inputs.
+            assert "cp.async.cg.shared.global" in one.ptx
+            assert one.ptx.index("prefetch.global.L2") < one.ptx.index("griddepcontrol.wait")
+            assert one.ptx.index("griddepcontrol.wait") < one.ptx.index("cp.async.cg")
