@@ -172,11 +172,11 @@ def check_buildable(plan: BuildPlan) -> None:
         )
 
 
-def row_buckets(particles: int, draft_tokens: int, groups: int) -> tuple[int, ...]:
-    """Row counts that regions are prepared for.
+def round_rows(particles: int, draft_tokens: int, groups: int) -> tuple[int, ...]:
+    """Row counts that rounds run.
 
-    A round runs G*N rows (draft), 2*G*N (its first pass, two tokens) and G*N*(K+1) (score). G is a power of two up to
-    `groups`, or `groups` itself; each product is rounded up to a size that matrix units like.
+    A round runs G*N rows (draft), 2*G*N (its first pass, two tokens) and G*N*(K+1) (score), plain decoding G. G is a
+    power of two up to `groups`, or `groups` itself.
 
     Args:
         particles: largest N.
@@ -186,8 +186,18 @@ def row_buckets(particles: int, draft_tokens: int, groups: int) -> tuple[int, ..
         ascending row counts.
     """
     sizes = {1 << exponent for exponent in range(groups.bit_length())} | {groups}
-    rows = {size * particles * factor for size in sizes for factor in (1, 2, draft_tokens + 1)}
-    return tuple(sorted({_round_rows(count) for count in rows | sizes}))
+    return tuple(sorted(sizes | {size * particles * factor for size in sizes for factor in (1, 2, draft_tokens + 1)}))
+
+
+def row_buckets(particles: int, draft_tokens: int, groups: int) -> tuple[int, ...]:
+    """Row counts that regions are compiled for: those of rounds, rounded up to a size that matrix units like.
+
+    Args:
+        particles, draft_tokens, groups: see `round_rows`.
+    Returns:
+        ascending row counts.
+    """
+    return tuple(sorted({_round_rows(count) for count in round_rows(particles, draft_tokens, groups)}))
 
 
 def _check_ranges(options: BuildOptions) -> None:

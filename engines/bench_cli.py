@@ -1,58 +1,55 @@
 """smc-bench: modes side by side on one engine, in one run on one machine.
 
-Repeats are interleaved (target, speculative, smc, target, …) so that a machine that slows down slows all modes. Speed is
-that of decoding: answer tokens after the first over the time from the first token to the end; the prefill is reported
-apart. The floor of a round is the bytes of all weights and KV pages it must read over the copy bandwidth (bytes read plus
-bytes written) measured in the same run.
+    smc-bench --engine engines/smollm2-tp1 --n 4 --k 4
+    smc-bench --preset llama-8b --n 8 --k 8 --prompt-tokens 256 --output-tokens 512 --sweep --worst-case-resampling --profile
 
-Worked example: a target of 540 MB and a draft of 170 MB, K = 4, copy bandwidth 10 GB/s: (4 * 170 + 540) MB / 10 GB/s =
-122 ms for 5 tokens; a round that takes 244 ms is at 0.5 of the floor.
+Repeats are interleaved (target, speculative, smc, target, …) so that a machine that slows down slows all modes. The engine
+is made once, with limits that cover every point; each point gets a new executor on it. How times and floors are defined:
+smc_engines.bench.measure and smc_engines.bench.floor.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import random
-import statistics
+import shlex
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from smc_build.builder import BuildOptions
-from smc_build.dtypes import dtype_bytes
+from smc_engines.bench import plot, profiling, report
+from smc_engines.bench.floor import copy_bandwidth
+from smc_engines.bench.measure import Bench, CaseFailedError, repeat
+from smc_engines.bench.points import MODES, SWEEPS, Case, Point, parse_modes, parse_numbers, sweep_points, swept_by
 from smc_engines.config import ExecutorConfig
 from smc_engines.engine import Engine
-from smc_engines.executor import Executor
-from smc_engines.model import PagedModel
-from smc_engines.outputs import RequestOutput
-from smc_engines.request import Phase
-from smc_engines.sampling_params import SamplingParams
+from smc_engines.region_choice import RegionChoice
+from smc_engines.sampling_params import Mode, SamplingParams
 from smc_plugin.errors import ConfigError, SmcError
 
-MODES = ("target", "speculative", "smc")
-PACKAGES = ("torch", "triton", "transformers", "numpy")
-COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
+_SWEEP_FLAGS = {"batch": "batch", "particles": "n", "draft_tokens": "k", "prompt_tokens": "prompt-tokens"}
+# With random weights nearly every draft token is rejected, so an answer would take as many rounds as it has tokens.
+_LEAST_SPECULATIVE_ROUNDS = 32
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One timed batch: decoded tokens a second, milliseconds a round and of the prefill, tokens a round and request.
+class Plan:
+    """What a run measures, in order: the base's cases together, then those of each point, then profiles."""
 
-    The prefill includes the first round, which follows it in the same step.
-    """
+    base: list[Case]
+    points: list[list[Case]]
+    profiled: list[Case]
 
-    tokens_per_s: float
-    ms_per_round: float
-    prefill_ms: float
-    tokens_per_round: float
+    @property
+    def all_points(self) -> list[Point]:
+        """Every point."""
+        return [case.point for case in [*self.base, *(case for cases in self.points for case in cases), *self.profiled]]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--engine", metavar="DIR", help="engine directory made by smc-build")
-    source.add_argument("--preset", metavar="NAME", help="shapes of a preset with its default draft, random weights")
+    source.add_argument("--preset", metavar="NAME", help="shapes of a preset or folder with its draft, random weights")
     parser.add_argument("--draft", metavar="NAME", help="another draft for --preset")
     parser.add_argument("--dtype", help="of --preset; default as smc-build chooses")
     parser.add_argument("--modes", default=",".join(MODES), help="comma-separated; default %(default)s")
@@ -76,237 +73,275 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=1, help="requests at once; default %(default)s")
     parser.add_argument("--temperature", type=float, default=SamplingParams.temperature, help="default %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="timed repeats of each mode; default %(default)s")
+    parser.add_argument("--max-rounds", type=int, metavar="R", help="end every timed batch after so many rounds")
     parser.add_argument("--device", default=ExecutorConfig.device, help="auto, cpu or cuda; default %(default)s")
     parser.add_argument("--threads", type=int, help="torch threads on a CPU")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    parser.add_argument(
+        "--regions", choices=get_args(RegionChoice), default=ExecutorConfig.regions, help="default %(default)s"
+    )
+    parser.add_argument(
+        *("--tune",),
+        action="store_true",
+        help="first find the fastest tactics at the base point's numbers of rows",
+    )
+    _add_sweep_options(parser)
+    parser.add_argument(
+        "--worst-case-resampling", action="store_true", help="also time smc resampling never and every round"
+    )
+    parser.add_argument(
+        "--profile", nargs="?", const="smc", metavar="MODES", help="kernels of one round, on a GPU; default smc"
+    )
+    parser.add_argument("--profile-rounds", type=int, default=24, help="rounds to record; default %(default)s")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="keep the profiler's Chrome trace (.json or .json.gz)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, after every point")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw it; needs the extra eval")
     return parser
+
+
+def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sweep", action="store_true", help="sweep all four settings below, one at a time")
+    for setting, flag in _SWEEP_FLAGS.items():
+        values = ",".join(str(value) for value in SWEEPS[setting])
+        parser.add_argument(
+            *(f"--sweep-{flag}",),
+            dest=f"sweep_{setting}",
+            nargs="?",
+            const=values,
+            metavar="LIST",
+            help=f"points that differ in --{flag} only; without a list {values}",
+        )
+    parser.add_argument("--sweep-modes", default="smc", help="modes to time at the points; default %(default)s")
+    parser.add_argument("--sweep-repeats", type=int, help="timed repeats of each point; default as --repeats")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run smc-bench; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args(given)
+    started = time.perf_counter()
     try:
-        report = run(args)
+        found = run(args, f"smc-bench {shlex.join(given)}")
     except SmcError as error:
         print(f"smc-bench: {error}", file=sys.stderr)
         return 1
-    print(table(report["rows"]))
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        print(f"wrote {args.json}")
-    return 0
+    print(f"took {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    for path in (args.json, args.png):
+        if path is not None:
+            print(f"wrote {path}")
+    return 0 if found["rows"] else 1
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure what the command line asks for.
+def run(args: argparse.Namespace, command: str = "smc-bench") -> dict[str, Any]:
+    """Measure what the command line asks for, and print it as it comes.
 
     Returns:
-        {"rows": [...], ...}: one row a mode, with medians, spreads and where they were measured.
+        the report: {"rows": [...], "failed": [...], "resampling": ..., "profiles": [...], ...}.
     Raises:
         SmcError: an option or the engine directory is wrong.
     """
-    modes = args.modes.split(",")
-    for mode in modes:
-        if mode not in MODES:
-            raise ConfigError(f"--modes names {mode!r}, expected some of {', '.join(MODES)}: correct it")
-    if args.repeats < 1 or args.batch < 1 or args.output_tokens < 2 or args.prompt_tokens < 1:
-        raise ConfigError("--repeats, --batch and --prompt-tokens must be at least 1 and --output-tokens 2: raise them")
+    _check(args)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    # Every repeat must prefill its prompt, so prefixes are not kept.
-    config = ExecutorConfig(device=args.device, max_groups=args.batch, prefix_cache=False)
-    executor = Executor(_engine(args, config))
-    prompts = _prompts(executor, args)
-    copy_tb_per_s = copy_bandwidth(executor.engine.device)
-    print(f"{device_name(executor.engine.device)}, copy bandwidth {copy_tb_per_s * 1e3:.1f} GB/s", file=sys.stderr)
-    samples: dict[str, list[Sample]] = {mode: [] for mode in modes}
-    for repeat in range(-1, args.repeats):
-        for mode in modes:
-            sample = _time_once(executor, prompts, _params(args, mode, seed=repeat + 1))
-            if repeat >= 0:  # the first pass warms up
-                samples[mode].append(sample)
-                print(f"repeat {repeat + 1}/{args.repeats} {mode}: {sample.tokens_per_s:.1f} tokens/s", file=sys.stderr)
-    rows = [_row(executor, args, mode, samples[mode], prompts, copy_tb_per_s) for mode in modes]
-    return {"date": date.today().isoformat(), "command": "smc-bench", "rows": rows}
+    started = time.perf_counter()
+    engine, text = _load(args)
+    plan = _plan(args, engine.manifest.weights == "random", None if text is None else len(text))
+    _say(f"made the engine in {time.perf_counter() - started:.1f} s")
+    tactics = _tune(engine, plan) if args.tune else engine.manifest.tactics
+    bench = Bench(engine, args.temperature, text)
+    copy_tb_per_s = copy_bandwidth(engine.device)
+    for line in report.header(engine, copy_tb_per_s):
+        _say(line)
+    found = {
+        "date": date.today().isoformat(),
+        "command": command,
+        "copy_tb_per_s": copy_tb_per_s,
+        "tactics": tactics,
+        "rows": [],
+        "failed": [],
+        "resampling": None,
+        "profiles": [],
+    }
+    session = _Session(args, bench, copy_tb_per_s, found)
+    session.measure(plan.base, args.repeats)
+    for cases in plan.points:
+        bench.renew()
+        session.measure(cases, args.sweep_repeats or args.repeats)
+    if found["rows"]:
+        print(report.table(found["rows"]))
+    for case in plan.profiled:
+        session.profile(case, several=len(plan.profiled) > 1)
+    print("\n".join(report.summary_lines(found)))
+    return found
 
 
-def _engine(args: argparse.Namespace, config: ExecutorConfig) -> Engine:
+class _Session:
+    """Adds what was measured to the report and saves it after every step."""
+
+    def __init__(self, args: argparse.Namespace, bench: Bench, copy_tb_per_s: float, found: dict[str, Any]) -> None:
+        self._args, self._bench, self._copy, self._found = args, bench, copy_tb_per_s, found
+
+    def measure(self, cases: Sequence[Case], repeats: int) -> None:
+        """Time a point's cases; one that cannot be measured is reported, and the others start again without it."""
+        left = list(cases)
+        while left:
+            try:
+                samples = repeat(self._bench, left, repeats, _say)
+            except CaseFailedError as failure:
+                left.remove(failure.case)
+                self._fail(failure.case, failure.__cause__)
+                continue
+            rows = [
+                report.make_row(self._bench.engine, case, own, self._args.temperature, self._copy)
+                for case, own in samples.items()
+            ]
+            self._found["rows"] += rows
+            self._found["resampling"] = report.resampling_summary(self._found["rows"])
+            self._save()
+            return
+
+    def profile(self, case: Case, several: bool) -> None:
+        """Profile a case, print its tables and put the gap into its row."""
+        trace = self._args.trace
+        if trace is not None and several:
+            trace = trace.with_name(f"{case.mode}-{trace.name}")
+        _say(f"profiling {case.name}")
+        try:
+            self._bench.renew()
+            made = profiling.profile(self._bench, case, self._args.profile_rounds, trace)
+        except Exception as error:
+            self._fail(case, error)
+            return
+        self._found["profiles"].append(made)
+        rows = [row for row in self._found["rows"] if row["point"] == "base" and row["resampling"] == "default"]
+        row = next((row for row in rows if row["mode"] == case.mode), None)
+        if row is not None:
+            row["round_gap_us"] = made["round_gap_us"]
+        self._save()
+        print(report.profile_text(made, row["ms_per_round"] if row is not None else None))
+
+    def _fail(self, case: Case, error: BaseException | None) -> None:
+        """Whatever a case died of (memory, a kernel that does not fit), what was measured before it stands."""
+        row = report.failed_row(self._bench.engine, case, self._copy, error)
+        self._found["failed"].append(row)
+        _say(f"failed {case.name}: {row['error']}")
+        if error is not None:
+            error.__traceback__ = None  # it keeps the tensors of its frames alive
+        self._save()
+        self._bench.renew()
+
+    def _save(self) -> None:
+        if self._args.json is not None:
+            report.write_json(self._found, self._args.json)
+        if self._args.png is not None and self._found["rows"]:
+            plot.draw(self._found, self._args.png)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _check(args: argparse.Namespace) -> None:
+    least = {"repeats": 1, "batch": 1, "particles": 1, "draft_tokens": 1, "prompt_tokens": 1, "output_tokens": 2}
+    least |= {"max_rounds": 1, "sweep_repeats": 1, "profile_rounds": 2}
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} is {value}, expected at least {low}: raise it")
+    if args.png is not None:
+        plot.check_available(args.png)
+    if (args.profile or args.trace) and ExecutorConfig(device=args.device).torch_device().type != "cuda":
+        raise ConfigError(
+            "--profile records kernels of a CUDA device, this run uses the CPU: leave it out, or use a GPU"
+        )
+
+
+def _plan(args: argparse.Namespace, random_weights: bool, text_tokens: int | None = None) -> Plan:
+    base = Point(args.batch, args.particles, args.draft_tokens, args.prompt_tokens, args.output_tokens)
+    if text_tokens is not None:
+        base = replace(base, prompt_tokens=text_tokens)
+
+    def case(point: Point, mode: Mode) -> Case:
+        rounds = args.max_rounds
+        if rounds is None and mode == "speculative" and random_weights:
+            rounds = max(_LEAST_SPECULATIVE_ROUNDS, -(-(point.output_tokens - 1) // (point.draft_tokens + 1)))
+        return Case(point, mode, max_rounds=rounds)
+
+    cases = [case(base, mode) for mode in parse_modes(args.modes, "--modes")]
+    if args.worst_case_resampling:
+        cases += [Case(base, "smc", "never", args.max_rounds), Case(base, "smc", "every", args.max_rounds)]
+    modes = parse_modes(args.sweep_modes, "--sweep-modes")
+    points = [
+        [case(point, mode) for mode in modes if swept_by(point, mode)] for point in sweep_points(base, _sweeps(args))
+    ]
+    profiled = [case(base, mode) for mode in parse_modes(args.profile or "smc", "--profile")]
+    return Plan(cases, [each for each in points if each], profiled if args.profile or args.trace else [])
+
+
+def _sweeps(args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
+    found = {}
+    for setting, flag in _SWEEP_FLAGS.items():
+        text = getattr(args, f"sweep_{setting}")
+        if text is not None:
+            found[setting] = parse_numbers(text, f"--sweep-{flag}")
+        elif args.sweep:
+            found[setting] = SWEEPS[setting]
+    return found
+
+
+def _load(args: argparse.Namespace) -> tuple[Engine, list[int] | None]:
+    """Load or make the engine with limits that cover every point, and encode the prompt."""
+    points = _plan(args, random_weights=True).all_points
+    together = max([point.batch * point.prompt_tokens for point in points if point.batch > 1], default=0)
+    config = ExecutorConfig(
+        device=args.device,
+        regions=args.regions,
+        max_groups=max(point.batch for point in points),
+        # A batch must begin together, and every repeat must prefill its prompt.
+        prefill_chunk=max(ExecutorConfig.prefill_chunk, together),
+        prefix_cache=False,
+    )
     if args.engine is not None:
-        return Engine.from_dir(Path(args.engine), config)
+        engine = Engine.from_dir(Path(args.engine), config)
+        return engine, None if args.prompt is None else _encode(engine, args.prompt)
+    if args.prompt is not None:
+        raise ConfigError("--prompt needs a tokenizer, --preset has none: use --prompt-tokens, or an engine directory")
     options = BuildOptions(
         checkpoint=args.preset,
         draft=args.draft,
         dtype=args.dtype,
-        particles=args.particles,
-        draft_tokens=args.draft_tokens,
-        groups=args.batch,
-        max_seq_len=args.prompt_tokens + args.output_tokens,
+        compiler="torch",  # an engine in memory has no plans
+        particles=max(point.particles for point in points),
+        draft_tokens=max(point.draft_tokens for point in points),
+        groups=max(point.batch for point in points),
+        max_seq_len=max(point.prompt_tokens + point.output_tokens for point in points),
     )
-    return Engine.from_random(options, config)
+    return Engine.from_random(options, config), None
 
 
-def _prompts(executor: Executor, args: argparse.Namespace) -> list[list[int]]:
-    if args.prompt is None:
-        draws = random.Random(0)
-        size = executor.engine.limits.vocab_size
-        return [[draws.randrange(size) for _ in range(args.prompt_tokens)] for _ in range(args.batch)]
-    tokenizer = executor.engine.tokenizer
+def _tune(engine: Engine, plan: Plan) -> dict[str, Any]:
+    """Let the engine find its tactics for the numbers of rows that the base point's passes have."""
+    from smc_engines.tuning import tune_engine  # noqa: PLC0415 - importing it needs triton
+
+    started, rows = time.perf_counter(), set()
+    for case in plan.base:
+        sequences = case.point.batch * case.num_particles
+        rows |= {sequences * (case.num_draft_tokens + 1)}
+        rows |= {sequences, 2 * sequences} if case.num_draft_tokens else set()
+    tactics = tune_engine(engine, sorted(rows), _say)
+    _say(f"tuned in {time.perf_counter() - started:.1f} s")
+    return tactics
+
+
+def _encode(engine: Engine, prompt: str) -> list[int]:
+    tokenizer = engine.tokenizer
     if tokenizer is None:
         raise ConfigError("--prompt needs a tokenizer, the engine directory has none: use --prompt-tokens")
     if tokenizer.has_chat_template:
-        _, ids = tokenizer.apply_chat_template([{"role": "user", "content": args.prompt}])
-    else:
-        ids = tokenizer.encode(args.prompt)
-    return [ids] * args.batch
-
-
-def _params(args: argparse.Namespace, mode: str, seed: int) -> SamplingParams:
-    return SamplingParams.from_mapping(
-        {
-            "mode": mode,
-            "num_particles": args.particles,
-            "num_draft_tokens": args.draft_tokens,
-            "temperature": args.temperature,
-            "max_tokens": args.output_tokens,
-            "ignore_eos": True,
-            "seed": seed,
-        }
-    )
-
-
-def _time_once(executor: Executor, prompts: list[list[int]], params: SamplingParams) -> Sample:
-    """Run one batch to its end; decoding is timed from the step after every request has begun."""
-    for index, prompt in enumerate(prompts):
-        executor.submit(f"bench-{index}", prompt, params)
-    requests = list(executor.scheduler.requests.values())
-    started = time.perf_counter()
-    while any(request.phase is not Phase.DECODE for request in requests):
-        executor.step()
-    decoding_from = time.perf_counter()
-    before = sum(request.position - len(request.prompt) + 1 for request in requests)
-    steps = 0
-    done: list[RequestOutput] = []
-    while executor.has_work:
-        done += [output for output in executor.step() if output.finished]
-        steps += 1
-    elapsed = time.perf_counter() - decoding_from
-    infos = [output.info for output in done if output.info is not None]
-    tokens = sum(info.output_tokens for info in infos) - before
-    per_round = statistics.mean((info.output_tokens - 1) / max(info.rounds, 1) for info in infos)
-    return Sample(tokens / elapsed, 1e3 * elapsed / max(steps, 1), 1e3 * (decoding_from - started), per_round)
-
-
-def _row(
-    executor: Executor,
-    args: argparse.Namespace,
-    mode: str,
-    samples: list[Sample],
-    prompts: list[list[int]],
-    copy_tb_per_s: float,
-) -> dict[str, Any]:
-    manifest = executor.engine.manifest
-    speeds = [sample.tokens_per_s for sample in samples]
-    ms_per_round = statistics.median(sample.ms_per_round for sample in samples)
-    context = len(prompts[0]) + args.output_tokens // 2
-    floor_ms = floor_bytes(executor, mode, args.particles, args.draft_tokens, args.batch, context) / copy_tb_per_s / 1e9
-    return {
-        "gpu": device_name(executor.engine.device),
-        "num_gpus": 1 if executor.engine.device.type == "cuda" else 0,
-        "preset": manifest.name,
-        "dtype": manifest.dtype,
-        "tp": manifest.tp,
-        "mode": mode,
-        "num_particles": args.particles if mode == "smc" else 1,
-        "num_draft_tokens": 0 if mode == "target" else args.draft_tokens,
-        "prompt_tokens": len(prompts[0]),
-        "output_tokens": args.output_tokens,
-        "batch": args.batch,
-        "temperature": args.temperature,
-        "tokens_per_s": statistics.median(speeds),
-        "tokens_per_s_min": min(speeds),
-        "tokens_per_s_max": max(speeds),
-        "tokens_per_round": statistics.mean(sample.tokens_per_round for sample in samples),
-        "ms_per_round": ms_per_round,
-        "prefill_ms": statistics.median(sample.prefill_ms for sample in samples),
-        "repeats": len(samples),
-        "floor_ms": floor_ms,
-        "floor_fraction": floor_ms / ms_per_round,
-        "copy_tb_per_s": copy_tb_per_s,
-        "weights": "random" if manifest.weights == "random" else manifest.name,
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **_versions()},
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Measure a large copy on the device: bytes read plus bytes written, in TB/s (median of 7)."""
-    source = torch.empty(COPY_BYTES[device.type] // 4, dtype=torch.float32, device=device).normal_()
-    destination = torch.empty_like(source)
-    seconds = []
-    for _ in range(8):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        destination.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return 2 * source.nbytes / statistics.median(seconds[1:]) / 1e12
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    listing = Path("/proc/cpuinfo")
-    lines = listing.read_text(encoding="utf-8").splitlines() if listing.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()} ({len(names)} cores)"
-
-
-def floor_bytes(executor: Executor, mode: str, n: int, k: int, batch: int, context_tokens: int) -> int:
-    """Bytes a round cannot avoid reading: every weight of every pass, and each particle's KV.
-
-    The embedding is a row look-up and not counted, unless it is also the head.
-    """
-    target, draft = executor.engine.target, executor.engine.draft
-    sequences = batch * (n if mode == "smc" else 1)
-    total = _pass_bytes(executor, target, sequences, context_tokens)
-    if mode != "target" and draft is not None:
-        total += k * _pass_bytes(executor, draft, sequences, context_tokens)
-    return total
-
-
-def _pass_bytes(executor: Executor, model: PagedModel, sequences: int, context_tokens: int) -> int:
-    config, dtype = model.config, executor.engine.manifest.dtype
-    look_up = 0 if config.tied_head else config.vocab_size * config.hidden_size * dtype_bytes(dtype)
-    return config.weight_bytes(dtype) - look_up + sequences * context_tokens * config.kv_bytes_per_token(dtype)
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Lay rows out for a terminal."""
-    base = next((row["tokens_per_s"] for row in rows if row["mode"] == "target"), None)
-    heads = ("mode", "N", "K", "tokens/s", "min", "max", "tok/round", "ms/round", "floor", "x target")
-    lines = ["{:12} {:>3} {:>3} {:>9} {:>7} {:>7} {:>9} {:>9} {:>6} {:>8}".format(*heads)]
-    for row in rows:
-        ratio = f"{row['tokens_per_s'] / base:8.2f}" if base else " " * 8
-        lines.append(
-            f"{row['mode']:12} {row['num_particles']:3d} {row['num_draft_tokens']:3d} {row['tokens_per_s']:9.1f} "
-            f"{row['tokens_per_s_min']:7.1f} {row['tokens_per_s_max']:7.1f} {row['tokens_per_round']:9.2f} "
-            f"{row['ms_per_round']:9.1f} {row['floor_fraction']:6.2f} {ratio}"
-        )
-    return "\n".join(lines)
+        return list(tokenizer.apply_chat_template([{"role": "user", "content": prompt}])[1])
+    return list(tokenizer.encode(prompt))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Times who computes each region fastest on the GPU present, and how to cut each product: `smc-build --tune`.
 
-First every product of the fused runner gets the best of its candidate tactics, timed inside the chain it belongs to: all
-blocks of the model one after the other, as a forward pass runs them, so that weights come from memory and not from a
-cache. Then each runner is timed on each region. Everything is timed as CUDA graphs, launch gaps included.
+First every product of the fused runner gets the best of its candidate tactics, timed inside whole forward passes:
+weights come from memory and not from a cache, and what one launch leaves the next to wait for counts. Then each runner
+is timed on each region. Everything is timed as CUDA graphs, launch gaps included.
 
-Example, Llama-1B at 8 rows on one H100: 15 blocks of 121 MB as one graph; o, gate_up, down and qkv try about ten
-tactics each; then fused, plans and torch run the same 15 blocks, and the least time per block is the choice.
+Example, Llama-1B at 8 rows on one H100: one graph is a pass of 16 layers, attention over a few hundred tokens included;
+o, gate_up, down and qkv try a dozen tactics each; then fused, plans and torch run the 15 blocks, and the least time per
+block is the choice.
 """
 
 from __future__ import annotations
@@ -23,19 +24,26 @@ from torch import Tensor
 from smc_build.engine_dir import Role
 from smc_build.model_config import ModelConfig
 from smc_build.network import ROWS, layer_inputs, region_specs
+from smc_build.plan import round_rows
 from smc_build.plans import used_regions
 from smc_engines.engine import Engine
-from smc_engines.fused_regions import PRODUCTS, FusedRegions
+from smc_engines.fused_regions import PRODUCTS, FusedRegions, product_sizes
+from smc_engines.model import PagedModel
 from smc_engines.region_choice import MAX_FUSED_ROWS, choose_regions, make_runners
 from smc_engines.regions import RegionRunner
 from smc_engines.tactics import ModelTactics, RegionTimes, Runner
 from smc_plugin.errors import ConfigError
+from smc_plugin.kernels.compile import precompile
+from smc_plugin.kernels.launch import recording, sm_count
+from smc_plugin.kernels.matmul import candidate_tactics, prefetch_rows
 from smc_plugin.tactic import Tactic
 
 # Weights that fit the L2 cache would be timed from there; between such calls this much is overwritten.
 _FLUSH_BYTES = 256 << 20
 _REPLAYS = 5
-_GAIN = 0.99  # another tactic must be at least 1 % faster than the one so far
+_GAIN = 0.998  # another tactic must be that much faster than the one so far
+_PREFETCHES = (0, 4 << 20, 16 << 20, 32 << 20)  # bytes of a product's weights to ask for early
+_CONTEXT_TOKENS = 384  # that attention reads in a timed pass
 
 Say = Callable[[str], None]
 
@@ -48,15 +56,12 @@ class Chain:
     flush: bool
 
 
-def tune_engine(
-    engine: Engine, rows: Sequence[int] | None = None, candidates: int = 12, say: Say = print
-) -> dict[str, Any]:
+def tune_engine(engine: Engine, rows: Sequence[int] | None = None, say: Say = print) -> dict[str, Any]:
     """Time an engine's regions on its GPU and let it use the fastest from now on.
 
     Args:
-        engine: on a GPU; nothing may run on it meanwhile.
-        rows: numbers of rows to time; None takes the manifest's buckets.
-        candidates: tactics to try for each product at each number of rows.
+        engine: on a GPU; nothing may run on it meanwhile, and what its KV pages held is lost.
+        rows: numbers of rows to time; None takes those of its rounds.
         say: takes a line of progress.
     Returns:
         what belongs into the manifest's `tactics`.
@@ -66,14 +71,14 @@ def tune_engine(
     if engine.device.type != "cuda":
         raise ConfigError(f"tuning needs a CUDA GPU, the engine is on {engine.device}: run it on the GPU machine")
     manifest = engine.manifest
+    rows = rows or round_rows(manifest.max_particles, manifest.max_draft_tokens, manifest.max_groups)
     models: dict[Role, ModelTactics] = {}
     for role, model in engine.models.items():
         wanted: set[Runner] = {"fused", "plans"} if engine.plan_folder is not None else {"fused"}
         runners = make_runners(wanted, manifest, role, model.weights, None, engine.plan_folder, None)
-        tuner = Tuner(
-            manifest.model(role).config, model.weights, runners, lambda text, role=role: say(f"{role}: {text}")
-        )
-        models[role] = tuner.tune(tuple(rows or manifest.row_buckets), candidates)
+        tuner = Tuner(model, runners, manifest.max_draft_tokens + 1, lambda text, role=role: say(f"{role}: {text}"))
+        with torch.inference_mode():
+            models[role] = tuner.tune(tuple(rows))
     gpu = torch.cuda.get_device_name(engine.device)
     tactics = {"gpu": gpu, "models": {role: found.to_dict() for role, found in models.items()}}
     engine.manifest = dataclasses.replace(manifest, tactics=tactics)
@@ -88,54 +93,86 @@ class Tuner:
     """Times one model's regions.
 
     Args:
-        config, weights: the model, on the GPU.
+        model: on the GPU; its KV pages are overwritten.
         runners: by name, "fused" among them.
+        score_queries: tokens a sequence of a score pass, K + 1.
         say: takes a line of progress.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        weights: Mapping[str, Tensor],
-        runners: Mapping[Runner, RegionRunner],
-        say: Say,
-    ) -> None:
-        self._config = config
-        self._weights = weights
+    def __init__(self, model: PagedModel, runners: Mapping[Runner, RegionRunner], score_queries: int, say: Say) -> None:
+        self._model = model
+        self._config = model.config
+        self._weights = model.weights
         self._runners = runners
+        self._score_queries = score_queries
         self._say = say
-        self._specs = region_specs(config, weights["embed"].dtype)
+        self._specs = region_specs(model.config, model.weights["embed"].dtype)
         fused = runners["fused"]
         assert isinstance(fused, FusedRegions)
         self._fused = fused
-        self._flush = torch.empty(_FLUSH_BYTES // 4, dtype=torch.float32, device=weights["embed"].device)
+        self._flush = torch.empty(_FLUSH_BYTES // 4, dtype=torch.float32, device=model.weights["embed"].device)
         self._flush_us = self._graph_us([self._flush.zero_] * 8) / 8
 
-    def tune(self, rows: Sequence[int], candidates: int) -> ModelTactics:
+    def tune(self, rows: Sequence[int]) -> ModelTactics:
         """Find the fastest tactics and runners for each number of rows."""
         few = [count for count in rows if count <= MAX_FUSED_ROWS]
-        self._precompile(few, candidates)
+        self._precompile(few)
         products: dict[str, dict[int, Tactic]] = {name: {} for name in PRODUCTS}
         for count, name in itertools.product(few, PRODUCTS):
-            products[name][count] = self._tune_product(name, count, candidates)
+            products[name][count] = self._tune_product(name, count)
         regions: dict[str, dict[int, RegionTimes]] = {}
         for region in used_regions(self._config):
             regions[region] = {count: self._compare(region, count) for count in rows}
         return ModelTactics(regions, products)
 
-    def _tune_product(self, name: str, rows: int, limit: int) -> Tactic:
-        """The fastest tactic of one product, the others as found so far."""
-        chain = self._chain(_region_of(name, self._config))
+    def _tune_product(self, name: str, rows: int) -> Tactic:
+        """The fastest tactic of one product, the others as found so far: tiles first, then how much to prefetch."""
         best, best_us = None, float("inf")
-        for tactic in self._candidates(name, rows, limit):
-            self._fused.choose(name, rows, tactic)
-            us = self._chain_us(self._fused, chain, rows)
+        for tactic in self._candidates(name, rows):
+            us = self._product_us(name, rows, tactic)
             if us < best_us * _GAIN:
                 best, best_us = tactic, us
         assert best is not None
+        columns, inner = product_sizes(self._config)[name]
+        width = columns * (2 if name == "gate_up" else 1)
+        for num_bytes in _PREFETCHES if name != "head" else ():
+            tactic = dataclasses.replace(best, prefetch=prefetch_rows(num_bytes, width, inner, best.splits))
+            us = self._product_us(name, rows, tactic)
+            if us < best_us * _GAIN:
+                best, best_us = tactic, us
         self._fused.choose(name, rows, best)
-        self._say(f"{name:8} {rows:4} rows  {best_us:8.1f} us a {chain.calls[0][0]}  {best}")
+        self._say(f"{name:8} {rows:4} rows  {best_us:8.1f} us a {'head' if name == 'head' else 'pass'}  {best}")
         return best
+
+    def _product_us(self, name: str, rows: int, tactic: Tactic) -> float:
+        """Microseconds of what a product is part of: the head, or a pass without it."""
+        self._fused.choose(name, rows, tactic)
+        if name == "head":
+            return self._chain_us(self._fused, self._chain("head"), rows)
+        return self._graph_us([self._forward(rows)])
+
+    def _forward(self, rows: int) -> Callable[[], object]:
+        """A pass of the model on the fused runner, sequences sharing all pages but the last."""
+        queries = self._score_queries if rows % self._score_queries == 0 else 1
+        sequences, page_size = rows // queries, self._model.page_size
+        device = self._weights["embed"].device
+        num_pages = self._model.cache.shape[2]
+        columns = min(_CONTEXT_TOKENS // page_size, num_pages - 1)
+        table = torch.arange(columns + 2, device=device, dtype=torch.int32).repeat(sequences, 1)
+        table[:, columns:] = (
+            torch.arange(2 * sequences, device=device, dtype=torch.int32).view(sequences, 2) % num_pages
+        )
+        start = torch.full((sequences,), columns * page_size, device=device)
+        tokens = torch.zeros((sequences, queries), dtype=torch.int64, device=device)
+
+        def call() -> object:
+            before, self._model.regions = self._model.regions, self._fused
+            try:
+                return self._model.forward(tokens, start, table, columns * page_size + queries)
+            finally:
+                self._model.regions = before
+
+        return call
 
     def _compare(self, region: str, rows: int) -> RegionTimes:
         """Time every runner on one region."""
@@ -201,40 +238,22 @@ class Tuner:
                 times.append(begin.elapsed_time(end) * 1000)
         return statistics.median(times)
 
-    def _candidates(self, name: str, rows: int, limit: int) -> list[Tactic]:
-        from smc_plugin.kernels import launch, matmul  # noqa: PLC0415 - importing them needs triton
+    def _candidates(self, name: str, rows: int) -> list[Tactic]:
+        columns, inner = product_sizes(self._config)[name]
+        return candidate_tactics(rows, columns, inner, name == "gate_up", sm_count(self._weights["embed"].device))
 
-        columns, inner = self._sizes(name)
-        sms = launch.sm_count(self._weights["embed"].device)
-        return matmul.candidate_tactics(rows, columns, inner, name == "gate_up", sms)[:limit]
-
-    def _sizes(self, name: str) -> tuple[int, int]:
-        """Columns and inner dimension of a product."""
-        config = self._config
-        h, f = config.hidden_size, config.ffn_size
-        return {
-            "qkv": (config.qkv_size, h),
-            "o": (h, config.q_size),
-            "gate_up": (f, h),
-            "down": (h, f),
-            "head": (config.vocab_size, h),
-        }[name]
-
-    def _precompile(self, rows: Sequence[int], limit: int) -> None:
+    def _precompile(self, rows: Sequence[int]) -> None:
         """Compile what is going to be timed on all cores: one after the other it would take minutes."""
-        from smc_plugin.kernels import launch  # noqa: PLC0415 - importing them needs triton
-        from smc_plugin.kernels.compile import precompile  # noqa: PLC0415
-
         meta = {name: tensor.to("meta") for name, tensor in self._weights.items()}
         runner = FusedRegions(self._config, meta)
-        with launch.recording() as recorded:
+        with recording() as recorded:
             for name, count in itertools.product(PRODUCTS, rows):
                 region = _region_of(name, self._config)
                 given = {key: tensor.to("meta") for key, tensor in self._activations(region, count).items()}
-                for tactic in self._candidates(name, count, limit):
+                candidates = self._candidates(name, count)
+                for tactic in [*candidates[1:], candidates[0]]:  # the default stays for the other products
                     runner.choose(name, count, tactic)
                     runner.run(region, 0 if region == "block" else None, given)
-                runner.choose(name, count, None)
         capability = torch.cuda.get_device_capability(self._weights["embed"].device)
         compiled = precompile(recorded, capability[0] * 10 + capability[1])
         self._say(f"{compiled} kernels compiled")

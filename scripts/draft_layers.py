@@ -96,7 +96,10 @@ def write_layers(folder: Path, weights: dict[str, torch.Tensor], config: dict[st
         stored[f"{name}.codes"] = pack_codes(codes, bits)
         stored[f"{name}.scales"] = scales[..., 0].to("cpu", torch.float16).contiguous()
         shapes[name] = list(weight.shape)
-    save_file(stored, folder / LAYERS_FILE)
+    # Whole or not at all: a training run saves over its last draft and may be cut off at any moment.
+    partial = folder / f"{LAYERS_FILE}.partial"
+    save_file(stored, partial)
+    partial.replace(folder / LAYERS_FILE)
     description = {"format": 1, "bits": bits, "group": group, "config": config, "shapes": shapes}
     (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     total = sum((folder / name).stat().st_size for name in (LAYERS_FILE, DESCRIPTION_FILE))

@@ -2,8 +2,9 @@
 
     python scripts/fetch_models.py --no-draft
     python scripts/train_draft.py --minutes 10     # one GPU; writes models/smollm2-draft and docs/benchmarks/draft.json
+    python scripts/train_draft.py --minutes 10 --resume models/smollm2-draft        # goes on from the shipped layers
     python scripts/train_draft.py --smoke          # the same steps on a CPU with a tiny random target, in half a minute
-Four stages: the target writes chats and text (distill/generate.py), its final hidden states are kept, the draft's
+Four stages: the target writes chats and text (distill/generate.py), its final hidden states are kept as it writes, the draft's
 layers learn its whole next-token distribution from them (distill/optimize.py, distill/loss.py), and acceptance, KL and
 ESS are measured on answers to held-out prompts (distill/measure.py): shipped layers, untrained ones, unrounded ones.
 """
@@ -13,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,14 +38,21 @@ from distill.llama import (  # noqa: E402
 )
 from distill.measure import Model, ess_after_round, first_answers, overlap_and_kl  # noqa: E402
 from distill.optimize import Corpus, Trainer, TrainingPlan, TrainingReport  # noqa: E402
-from distill.prompts import chat_text, markup, pad_rows, training_rows  # noqa: E402
+from distill.prompts import (  # noqa: E402
+    chat_text,
+    held_out_prompts,
+    held_out_rows,
+    markup,
+    pad_rows,
+    training_rows,
+)
 from distill.tiny import write_tiny_target  # noqa: E402
 from draft_layers import read_layers, write_layers  # noqa: E402
 
 from smc_plugin.errors import CheckpointError, ConfigError, SmcError  # noqa: E402
 
-HELD_OUT = REPOSITORY / "scripts" / "distill" / "heldout.json"
-SAVING_SECONDS, MEASURING_SECONDS = 3.0, 30.0  # kept back from --minutes
+SAVING_SECONDS, MEASURING_SECONDS = 12.0, 60.0  # kept back from --minutes: five savings, stage 4
+SPARE_BYTES = 8e9  # of GPU memory, left free while hidden states are kept there
 KIND_WEIGHTS = (0.0, 0.3, 1.0)  # fed tokens teach nothing, user turns a little, answers are what drafts are for
 
 
@@ -53,7 +62,7 @@ class Sizes:
     and the contexts that ESS is averaged over."""
 
     rows: int = 4096
-    lengths: tuple[tuple[int, float], ...] = ((512, 1.0),)
+    lengths: tuple[tuple[int, float], ...] = ((384, 1.0),)
     prompts: int = 1000
     samples: int = 4
     answer_length: int = 320
@@ -92,7 +101,9 @@ def open_session(folder: Path, device: str) -> Session:
     return Session(Model(weights, shape_of(config)), config, tokenizer, markup(tokenizer), device, compiled)
 
 
-def write_text(session: Session, sizes: Sizes, tokens: int, seed: int) -> list[dict[str, torch.Tensor]]:
+def write_text(
+    session: Session, sizes: Sizes, tokens: float, seed: int, seconds: float = float("inf")
+) -> list[dict[str, torch.Tensor]]:
     """Stage 1: the target writes about `tokens` tokens.
 
     Args:
@@ -100,48 +111,69 @@ def write_text(session: Session, sizes: Sizes, tokens: int, seed: int) -> list[d
         sizes: rows and lengths.
         tokens: total to write.
         seed: of prompts and sampling.
+        seconds: no batch begins after so much time, whatever is missing then.
     Returns:
-        One {"tokens": [R, L] int32, "kinds": [R, L] uint8} on the CPU for each row length.
+        {"tokens": [R, L] int32, "kinds": [R, L] uint8, "hidden": [R, L, H]} for each batch of rows; tokens and kinds on the
+        CPU, the final hidden states (1152 bytes a token for SmolLM2) on the GPU as long as they fit beside the writer's
+        cache.
     """
-    written = []
+    written, entered = [], time.monotonic()
     for length, share in sizes.lengths:
         started, rows = time.monotonic(), max(1, sizes.rows * sizes.lengths[0][0] // length)
         shape, weights = session.target.shape, session.target.weights
         writer = RowWriter(weights, shape, rows, length, session.markup, session.compiled)
-        batches = max(1, round(tokens * share / (rows * length)))
-        parts = []
-        for batch in range(batches):
-            part_seed = seed * 1_000_003 + length * 101 + batch
-            torch.manual_seed(part_seed)
-            new, kinds = writer.write(training_rows(session.tokenizer, rows, part_seed))
-            parts.append((new.cpu(), kinds.cpu()))
-        joined = {"tokens": torch.cat([p[0] for p in parts]), "kinds": torch.cat([p[1] for p in parts])}
-        seconds = time.monotonic() - started
-        count = joined["tokens"].numel()
-        say(f"wrote {count} tokens in rows of {length}: {seconds:.1f} s, {count / seconds:.0f} tokens/s")
-        written.append(joined)
+        seeds = [seed * 1_000_003 + length * 101 + b for b in range(max(1, round(tokens * share / (rows * length))))]
+        count = 0
+        with ThreadPoolExecutor(1) as pool:  # prompts are made while the GPU writes
+            following = pool.submit(training_rows, session.tokenizer, rows, seeds[0])
+            for batch, part_seed in enumerate(seeds):
+                start = following.result()
+                if batch + 1 < len(seeds):
+                    following = pool.submit(training_rows, session.tokenizer, rows, seeds[batch + 1])
+                torch.manual_seed(part_seed)
+                new, kinds = writer.write(start)
+                written.append({"tokens": new.cpu(), "kinds": kinds.cpu(), "hidden": kept(writer.hidden)})
+                count += new.numel()
+                spent = time.monotonic() - started
+                if batch % 5 == 0 or batch + 1 == len(seeds):
+                    say(f"wrote {count} tokens in rows of {length}: {spent:.1f} s, {count / spent:.0f} tokens/s")
+                if time.monotonic() - entered > seconds:
+                    say(f"stopped writing after {batch + 1} of {len(seeds)} batches")
+                    break
         del writer
         if session.compiled:
             torch.cuda.empty_cache()
     return written
 
 
+def kept(hidden: torch.Tensor) -> torch.Tensor:
+    """A copy of what the writer will overwrite: on its own device, or on the CPU once GPU memory runs short."""
+    if hidden.device.type == "cuda" and torch.cuda.mem_get_info(hidden.device)[0] < hidden.nbytes + SPARE_BYTES:
+        return hidden.cpu()
+    return hidden.clone()
+
+
 @torch.no_grad()
 def prepare(session: Session, written: list[dict[str, torch.Tensor]]) -> list[Corpus]:
-    """Stage 2: keep the target's final hidden states of everything it wrote (1152 bytes a token for SmolLM2)."""
+    """Stage 2: what is learned from each token; computes the target's hidden states where --data brought none. Takes
+    `written` apart, so that no hidden states are held twice."""
     layer = torch.compile(decoder_layer, dynamic=False) if session.compiled else decoder_layer
     table, corpora = torch.tensor(KIND_WEIGHTS, device=session.device), []
     for part in written:
         tokens = part["tokens"].to(session.device)
         weight = torch.zeros(tokens.shape, device=session.device)
         weight[:, :-1] = table[part["kinds"].to(session.device)[:, 1:].long()]
+        weight[held_out_rows(tokens, session.tokenizer)] = 0.0
+        if "hidden" in part:
+            corpora.append(Corpus(tokens, weight, part.pop("hidden").to(session.device)))
+            continue
         size = max(1, 65536 // tokens.shape[1])
         width = session.target.weights[EMBEDDING].shape[1]
-        kept = torch.empty(*tokens.shape, width, device=session.device, dtype=session.target.weights[EMBEDDING].dtype)
+        states = torch.empty(*tokens.shape, width, device=session.device, dtype=session.target.weights[EMBEDDING].dtype)
         for start in range(0, len(tokens), size):
             piece = tokens[start : start + size]
-            kept[start : start + size] = hidden_states(session.target.weights, piece, session.target.shape, layer)
-        corpora.append(Corpus(tokens, weight, kept))
+            states[start : start + size] = hidden_states(session.target.weights, piece, session.target.shape, layer)
+        corpora.append(Corpus(tokens, weight, states))
     return corpora
 
 
@@ -158,11 +190,35 @@ def initial_draft(session: Session, chosen: list[int]) -> tuple[Weights, dict[st
     return weights, session.config | {"num_hidden_layers": len(chosen)}
 
 
-def resumed_draft(session: Session, folder: Path) -> tuple[Weights, dict[str, Any]]:
-    """The shipped layers of `folder` as float32 weights with the target's embedding, and their config."""
+def resumed_draft(session: Session, folder: Path, grow: list[int]) -> tuple[Weights, dict[str, Any]]:
+    """The shipped layers of `folder` as float32 weights with the target's embedding, and their config.
+
+    `grow` names target layers to insert in the middle. Their two output matrices begin at zero, so that they change
+    nothing until they have learned something.
+    """
     weights, config = read_layers(folder)
-    moved = {name: weight.to(session.device) for name, weight in weights.items()}
-    return moved | {EMBEDDING: session.target.weights[EMBEDDING]}, config
+    fresh, depth = initial_draft(session, grow)[0] if grow else {}, config["num_hidden_layers"]
+    origin = [(weights, layer) for layer in range(depth)]
+    origin[depth // 2 : depth // 2] = [(fresh, layer) for layer in range(len(grow))]
+    grown = {EMBEDDING: session.target.weights[EMBEDDING], FINAL_NORM: weights[FINAL_NORM].to(session.device)}
+    for new, (source, old) in enumerate(origin):
+        for part in LAYER_PARTS:
+            weight = source[f"model.layers.{old}.{part}.weight"].to(session.device)
+            silent = source is fresh and part in ("self_attn.o_proj", "mlp.down_proj")
+            grown[f"model.layers.{new}.{part}.weight"] = torch.zeros_like(weight) if silent else weight
+    return grown, config | {"num_hidden_layers": len(origin)}
+
+
+def starting_draft(session: Session, options: argparse.Namespace) -> tuple[Weights, dict[str, Any]]:
+    """The weights that training begins with; they have as many layers as --init, the baseline of the report."""
+    if options.resume is None:
+        return initial_draft(session, options.init)
+    weights, config = resumed_draft(session, options.resume, options.grow)
+    if (layers := config["num_hidden_layers"]) != len(options.init):
+        raise ConfigError(
+            f"{options.resume} with --grow has {layers} layers, --init names {len(options.init)}: name as many there"
+        )
+    return weights, config
 
 
 def hold_out(session: Session, sizes: Sizes, seed: int) -> dict[float, tuple[torch.Tensor, torch.Tensor]]:
@@ -171,9 +227,7 @@ def hold_out(session: Session, sizes: Sizes, seed: int) -> dict[float, tuple[tor
     Returns:
         temperature → (tokens [R, L], answer mask [R, L] bool), for 0.7 and 1.0.
     """
-    prompts = [session.tokenizer.encode(chat_text(text)).ids for text in json.loads(HELD_OUT.read_text("utf-8"))][
-        : sizes.prompts
-    ]
+    prompts = [session.tokenizer.encode(chat_text(text)).ids for text in held_out_prompts()[: sizes.prompts]]
     prompts = [prompt for prompt in prompts for _ in range(sizes.samples)]
     shape, weights = session.target.shape, session.target.weights
     writer = RowWriter(weights, shape, len(prompts), sizes.answer_length, session.markup, session.compiled)
@@ -216,17 +270,18 @@ def print_table(results: dict[str, dict[str, dict[str, float]]]) -> None:
 
 
 def train(session: Session, options: argparse.Namespace, sizes: Sizes, plan: TrainingPlan) -> dict[str, Any]:
-    """All stages; writes the shipped layers.
+    """All stages; writes the shipped layers, and the report once before measuring too.
 
     Returns:
         The report that main writes as JSON.
     """
     started = time.monotonic()
-    written = load_or_write(session, options, sizes)
-    weights, config = resumed_draft(session, options.output) if options.resume else initial_draft(session, options.init)
+    weights, config = starting_draft(session, options)
     shape = replace(shape_of(config), bits=options.bits, group=options.group)
-    corpora = prepare(session, written)
-    say(f"prepared {sum(c.tokens.numel() for c in corpora)} tokens; {time.monotonic() - started:.0f} s so far")
+    corpora = prepare(session, load_or_write(session, options, sizes))
+    unique = sum(corpus.tokens.numel() for corpus in corpora)
+    unused = sum(int((corpus.weight.sum(1) == 0).sum()) for corpus in corpora)
+    say(f"prepared {unique} tokens, {unused} rows unused; {time.monotonic() - started:.0f} s so far")
     own = {name: weight for name, weight in weights.items() if name != EMBEDDING}
     options.output.mkdir(parents=True, exist_ok=True)
 
@@ -237,16 +292,26 @@ def train(session: Session, options: argparse.Namespace, sizes: Sizes, plan: Tra
     left = 60 * options.minutes - (time.monotonic() - started) - reserve
     report = Trainer(weights, shape, replace(plan, seconds=left), session.compiled).run(corpora, say, save)
     save()
-    del corpora
-    results = compare(session, options, sizes, weights) if options.stage == "all" else {}
-    return describe(session, options, plan, report, results, written, time.monotonic() - started)
+    corpora.clear()
+    described = describe(session, options, plan, report, unique, time.monotonic() - started)
+    write_report(options, described)
+    if options.stage == "all":
+        described["results"] = compare(session, options, sizes, weights)
+        described["total_minutes"] = round((time.monotonic() - started) / 60, 2)
+    return described
+
+
+def write_report(options: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Write the JSON."""
+    options.report.parent.mkdir(parents=True, exist_ok=True)
+    options.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def compare(
     session: Session, options: argparse.Namespace, sizes: Sizes, trained: Weights | None
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Stage 4: the shipped draft, the untrained layers and, when at hand, the trained weights before rounding."""
-    answers, results = hold_out(session, sizes, options.seed), {}
+    answers, results = hold_out(session, sizes, 0), {}  # the same answers, whatever text --seed trained on
     initial, config = initial_draft(session, options.init)
     shape, shipped = shape_of(config), read_layers(options.output)[0]
     candidates = {"trained, as shipped": shipped, "untrained": initial}
@@ -262,9 +327,9 @@ def compare(
 def load_or_write(session: Session, options: argparse.Namespace, sizes: Sizes) -> list[dict[str, torch.Tensor]]:
     """Stage 1, or its result from --data when that file exists (cut to --tokens)."""
     if options.data is None or not options.data.exists():
-        written = write_text(session, sizes, options.tokens, options.seed)
+        written = write_text(session, sizes, options.tokens, options.seed, 60 * options.write_minutes)
         if options.data is not None:
-            torch.save(written, options.data)
+            torch.save([{name: part[name] for name in ("tokens", "kinds")} for part in written], options.data)
     else:
         written = torch.load(options.data, weights_only=True)
     total = sum(part["tokens"].numel() for part in written)
@@ -282,8 +347,7 @@ def describe(
     options: argparse.Namespace,
     plan: TrainingPlan,
     report: TrainingReport,
-    results: dict[str, Any],
-    written: list[dict[str, torch.Tensor]],
+    unique: int,
     seconds: float,
 ) -> dict[str, Any]:
     """Everything a reader needs to judge the figures, and to run the training again."""
@@ -292,15 +356,18 @@ def describe(
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "seed": options.seed,
         "init_layers": options.init,
+        "resumed": options.resume is not None,
+        "grown_layers": options.grow,
         "bits": options.bits,
         "group": options.group,
         "shipped_bytes": sum(path.stat().st_size for path in options.output.iterdir()),
-        "unique_tokens": sum(part["tokens"].numel() for part in written),
+        "unique_tokens": unique,
+        "row_length": options.row_length,
         "plan": asdict(plan),
         "training": asdict(report) | {"tokens_per_second": round(report.tokens / max(report.seconds, 1e-9))},
         "total_minutes": round(seconds / 60, 2),
-        "held_out_prompts": len(json.loads(HELD_OUT.read_text("utf-8"))),
-        "results": results,
+        "held_out_prompts": len(held_out_prompts()),
+        "results": {},
     }
 
 
@@ -312,15 +379,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--report", type=Path, default=REPOSITORY / "docs" / "benchmarks" / "draft.json")
     parser.add_argument("--data", type=Path, help="keep the written text in this file, or reuse it")
     parser.add_argument("--tokens", type=float, default=8.4e6, help="unique tokens the target writes")
+    parser.add_argument("--write-minutes", type=float, default=float("inf"), help="write no longer than this")
     parser.add_argument("--rows", type=int, default=4096, help="rows written at once")
+    parser.add_argument("--row-length", type=int, default=384, help="tokens of a written row, prompt included")
     parser.add_argument(
         "--init", default="0,1,2,27,28,29", help="target layers to start from, one for each draft layer"
     )
-    parser.add_argument("--resume", action="store_true", help="start from the layers in --output instead of --init")
+    parser.add_argument("--resume", type=Path, help="start from the shipped layers in this folder instead of --init")
+    parser.add_argument("--grow", default="", help="target layers to insert in the middle of the resumed ones")
     parser.add_argument("--bits", type=int, default=5, choices=range(2, 9), help="bits of a shipped weight")
     parser.add_argument("--group", type=int, default=64, help="inputs that share a scale; 0: a whole row")
     parser.add_argument("--lr", type=float, default=6e-3)
     parser.add_argument("--order-two", type=float, default=0.0, help="weight of the order-2 divergence while decaying")
+    parser.add_argument("--acceptance", type=float, default=0.5, help="share of -log acceptance in place of KL")
+    parser.add_argument("--decay-start", type=float, default=0.55, help="share of the steps at a constant rate")
     parser.add_argument("--minutes", type=float, default=10.0, help="time for everything, from which the steps follow")
     parser.add_argument("--steps", type=int, default=0, help="exact number of steps instead of --minutes")
     parser.add_argument("--batch-tokens", type=int, default=16384)
@@ -338,6 +410,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny random target on the CPU, 150 steps")
     options = parser.parse_args(arguments)
     options.init = [int(layer) for layer in options.init.split(",")]
+    options.grow = [int(layer) for layer in options.grow.split(",") if layer]
     return options
 
 
@@ -347,13 +420,19 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.recompile_limit = 64  # one variant for each row length, model and gradient need
     sizes = Sizes(
-        rows=options.rows, samples=options.samples, contexts=options.contexts, answer_length=options.answer_length
+        rows=options.rows,
+        lengths=((options.row_length, 1.0),),
+        samples=options.samples,
+        contexts=options.contexts,
+        answer_length=options.answer_length,
     )
     plan = TrainingPlan(
         batch_tokens=options.batch_tokens,
         lr=options.lr,
         steps=options.steps,
         order_two=options.order_two,
+        acceptance=options.acceptance,
+        decay_start=options.decay_start,
         seed=options.seed,
     )
     try:
@@ -378,8 +457,7 @@ def main(arguments: list[str] | None = None) -> int:
                 report |= where | {"results": compare(session, options, sizes, None)}
             else:
                 report = train(session, options, sizes, plan)
-        options.report.parent.mkdir(parents=True, exist_ok=True)
-        options.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_report(options, report)
     except (SmcError, OSError) as error:
         print(f"train_draft: {error}", file=sys.stderr)
         return 1

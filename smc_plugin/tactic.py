@@ -13,7 +13,8 @@ class Tactic:
         rows, columns, inner: the tile; powers of two, at least 16.
         splits: parts of the inner dimension.
         num_warps, num_stages: of a program.
-        prefetch: inner rows of a program's weights that it asks for before it waits; a power of two, or 0.
+        prefetch: inner rows at the start of each split that the launch before asks for when its own weights are read,
+            so that the memory is busy between the two.
     """
 
     rows: int
@@ -22,4 +23,4 @@ class Tactic:
     splits: int
     num_warps: int
     num_stages: int
-    prefetch: int = 256
+    prefetch: int = 0

@@ -88,6 +88,7 @@ class RowWriter:
         self.keys = torch.zeros(size, device=self.device, dtype=dtype)
         self.values = torch.zeros(size, device=self.device, dtype=dtype)
         self.cos, self.sin = rope_tables(shape, length, self.device)
+        self.hidden = torch.zeros(rows, length, self.embedding.shape[1], device=self.device, dtype=dtype)
         self.noise = torch.empty(rows, self.embedding.shape[0], device=self.device)
         self.compiled = compiled
         wrap: Callable[[Any], Any] = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
@@ -139,7 +140,9 @@ class RowWriter:
             values.index_copy_(2, self.position, v)
             mixed = functional.scaled_dot_product_attention(q, keys[:, :, :span], values[:, :, :span], attn_mask=mask)
             x = self.finish(x, mixed, rest, self.shape)
-        logits = rms_norm(x, self.norm, self.shape.eps) @ self.embedding.T
+        final = rms_norm(x, self.norm, self.shape.eps)
+        self.hidden.index_copy_(1, self.position, final[:, None])
+        logits = final @ self.embedding.T
         answering = torch.where(self.role == 1, 1.0, self.temperature)
         self._advance(self.pick(logits, self.noise.exponential_(), answering))
 
@@ -184,7 +187,8 @@ class RowWriter:
             rows: as many rows as the writer was made for.
         Returns:
             tokens [R, length] int32 and kinds [R, length] uint8 (FED, USER or ANSWER), on the device. Randomness comes
-            from torch's default generator of the device.
+            from torch's default generator of the device. `hidden` [R, length, H] then holds the final hidden state of
+            every token but the last, until the next call.
         """
         if self.compiled and not self.graphs:
             self._capture(rows)

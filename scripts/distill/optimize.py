@@ -3,18 +3,20 @@
 Owns the optimisers, the schedule and the batches. Matrices use Muon (orthogonalised momentum), norms AdamW; weights are
 float32, fake-quantized from the first step so that what is trained is what ships.
 Example: 25 million tokens in rows of 512 are 48800 rows; a batch of 64 rows is 32768 tokens, so an epoch is 762 steps.
-Schedule (share of the steps): 2 % warm-up, constant until 55 %, then linearly to zero.
+Schedule (share of the steps): 2 % warm-up, constant until `decay_start`, then linearly to zero.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from distill.llama import EMBEDDING, Shape, Weights, decoder_layer, hidden_states
 from distill.loss import LossTerms, head_loss, logit_gradient
 from distill.muon import StackedMuon
+
+SAVES = (0.3, 0.5, 0.75, 0.9)  # shares of the steps; late ones are worth more, since the learning rate falls
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class TrainingPlan:
     steps: int = 0
     decay_start: float = 0.55
     order_two: float = 0.0
+    acceptance: float = 0.0
     seed: int = 0
 
 
@@ -131,22 +134,26 @@ class Trainer:
         Args:
             corpora: training rows.
             on_progress: gets a line of text about every 25th of the way.
-            save: called half-way, so that a killed run leaves a draft.
+            save: called at each of SAVES, so that a killed run leaves a draft.
         Returns:
             What it took.
         """
         entered = time.monotonic()
         batches = Batches(corpora, self.plan.batch_tokens, self.plan.seed)
-        warm = LossTerms(), LossTerms(order_two=self.plan.order_two)
-        for terms in dict.fromkeys(warm):  # compile every variant at a learning rate of zero, outside the timing
-            for _ in range(4 * len(corpora)):
+        early = LossTerms(acceptance=self.plan.acceptance)
+        late = replace(early, order_two=self.plan.order_two)
+        lengths = {corpus.tokens.shape[1] for corpus in corpora}
+        for terms in dict.fromkeys(
+            (early, late)
+        ):  # compile every variant at a learning rate of zero, outside the timing
+            for _ in range(4 * len(lengths)):
                 self.step(batches, 0.0, terms)
-        steps = self.plan.steps or self._steps_that_fit(batches, entered)
+        steps = self.plan.steps or self._steps_that_fit(batches, entered, late)
         on_progress(f"training for {steps} steps of {self.plan.batch_tokens} tokens")
         started, seen, recent = time.monotonic(), 0, []
+        saves = {round(share * steps) for share in SAVES}
         for step in range(steps):
-            late = step >= self.plan.decay_start * steps
-            terms = LossTerms(order_two=self.plan.order_two if late else 0.0)
+            terms = late if step >= self.plan.decay_start * steps else early
             factor = learning_rate_factor(step, steps, self.plan.decay_start)
             loss, overlap, tokens = self.step(batches, factor, terms)
             seen, recent = seen + tokens, [*recent[-49:], torch.stack((loss, overlap))]
@@ -156,14 +163,13 @@ class Trainer:
                 on_progress(
                     f"step {step + 1}/{steps} loss {loss_value:.4f} overlap {overlap_value:.4f} {rate:.0f} tokens/s"
                 )
-            if (step + 1) % max(1, steps // 2) == 0:
+            if step + 1 in saves:
                 save()
         loss_value, overlap_value = torch.stack(recent).mean(0).tolist()
         return TrainingReport(steps, seen, time.monotonic() - started, loss_value, overlap_value)
 
-    def _steps_that_fit(self, batches: Batches, entered: float) -> int:
+    def _steps_that_fit(self, batches: Batches, entered: float, terms: LossTerms) -> int:
         """Steps for what is left of the budget, from 16 timed steps at a learning rate of zero."""
-        terms = LossTerms(order_two=self.plan.order_two)
         float(self.step(batches, 0.0, terms)[0])
         started = time.monotonic()
         last = [self.step(batches, 0.0, terms)[0] for _ in range(16)][-1]

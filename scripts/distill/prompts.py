@@ -1,15 +1,16 @@
 """What the target is asked to write about.
 
-Owns the training prompts (made from templates, seeded) and the markup that surrounds them. Five kinds of row:
-    template chat 40 %   "<|im_start|>system ... user\\n Explain how a bicycle works. ... assistant\\n" and the target answers
-    free chat     35 %   "... <|im_start|>user\\n" and the target writes the question too (role 1), then answers
-    other system   5 %   template chat under another system line
-    plain seed    12 %   24 to 96 tokens of the Python standard library's source and manual, continued
+Owns the training prompts (templates of materials.py, seeded) and the markup that surrounds them. Five kinds of row:
+    template chat 50 %   "<|im_start|>system ... user\\n Explain how a bicycle works. ... assistant\\n" and the target answers
+    free chat     25 %   "... <|im_start|>user\\n" and the target writes the question too (role 1), then answers
+    other system   7 %   template chat under another system line
+    plain seed    10 %   24 to 96 tokens of the Python standard library's source and manual, continued
     plain free     8 %   nothing but <|endoftext|>
-The held-out prompts of heldout.json are never among them (a test checks it).
+The held-out prompts of heldout.json are never among them, and rows where the target thought of one itself count for nothing.
 """
 
 import functools
+import json
 import random
 import sysconfig
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import torch
 from tokenizers import Tokenizer
 
 from distill.generate import Markup, Rows
+from distill.materials import ACTIONS, EVERYDAY, SLOTS, SUMS, TASKS, TEMPLATES, TOPICS
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 OTHER_SYSTEMS = (
@@ -28,62 +30,57 @@ OTHER_SYSTEMS = (
     "You are an expert programmer. Reply with code and a short explanation.",
     "You are a cheerful storyteller.",
 )
-TOPICS = """a bicycle|the water cycle|volcanoes|the Roman Empire|photosynthesis|machine learning|jazz music|chess openings
-black holes|healthy breakfasts|time management|the French Revolution|vaccines|electric cars|the stock market|meditation
-sourdough bread|the ocean floor|dinosaurs|the human heart|public speaking|recycling|solar panels|the Great Wall of China
-bees|coffee|gravity|the internet|poetry|basketball|gardening|earthquakes|the immune system|inflation|Shakespeare|DNA
-the moon landing|rainforests|yoga|democracy|antibiotics|computer viruses|the Silk Road|painting|sleep|whales|logic
-probability|a job interview|learning a language|databases|operating systems|compilers|sorting algorithms|recursion
-climate change|the periodic table|electricity|magnets|the speed of light|ancient Egypt|the Renaissance|opera|film editing
-photography|hiking|camping|swimming|running a marathon|vegetarian cooking|pasta|cheese|tea ceremonies|pottery|knitting
-carpentry|bridges|skyscrapers|trains|airplanes|rockets|satellites|telescopes|microscopes|bacteria|the brain|memory|dreams
-emotions|friendship|leadership|teamwork|negotiation|budgeting|taxes|insurance|small businesses|marketing|social media
-privacy|encryption|passwords|open source software|video games|robots|drones|3D printing|quantum computers|statistics
-geometry|algebra|calculus|prime numbers|fractions|percentages|maps|deserts|rivers|islands|glaciers|hurricanes|the seasons
-birds|cats|dogs|horses|elephants|insects|mushrooms|trees|flowers|soil|farming|nutrition|exercise|first aid|the flu
-dental care|stress|education|libraries|museums|newspapers|radio|television|theatre|dance|fashion|architecture|furniture
-money|trade|law|human rights|philosophy|ethics|religion|mythology|fairy tales|science fiction|travel|Japan|Brazil|India
-Kenya|Canada|Australia|Italy|New York|Paris|the Sahara|Mars|Jupiter|comets|atoms|chemical reactions|plastics|glass|steel"""
-TEMPLATES = """Explain {t} to a ten-year-old.|What is the most interesting fact about {t}?|Write a short story about {t}.
-Write a poem about {t}.|List five things everyone should know about {t}.|How does {t} work?|Why is {t} important?
-Give me a brief history of {t}.|What are common misconceptions about {t}?|Summarize {t} in three sentences.
-Write a letter to a friend about {t}.|Compare {t} and {u}.|What are the advantages and disadvantages of {t}?
-Create a quiz with three questions about {t}.|Write a dialogue between two people discussing {t}.
-What would happen if {t} did not exist?|Give tips for a beginner interested in {t}.|Write a product description about {t}.
-Describe {t} in simple words.|Write an email to my manager about {t}.|What is the relation between {t} and {u}?
-Can you help me understand {t}?|Write an essay introduction about {t}.|Tell me a joke about {t}.
-Make a step-by-step plan to learn about {t}.|What questions should I ask an expert on {t}?|Define {t}.
-Rewrite this sentence more formally: "I really like {t} and {u}."|Is {t} dangerous?|How has {t} changed over time?
-Write a news article about {t}.|Write a tweet about {t}.|Who are famous people connected with {t}?
-What tools do I need for {t}?|Brainstorm ten ideas about {t} and {u}.|Translate "I love {t}" into French and Spanish.
-Write a Python class that models {t}.|Write a short speech about {t}.|What is {t}?|hi, i want to talk about {t}"""
-TASKS = """Write a Python function that {a}.|Write a JavaScript function that {a}.|How do I write a program that {a}?
-Explain, with an example in Python, code that {a}.|Write a unit test for a function that {a}."""
-ACTIONS = """reverses a string|sorts a list of numbers|counts the words in a file|finds the largest number in a list
-checks whether a number is prime|computes the factorial of n|merges two dictionaries|removes duplicates from a list
-reads a CSV file|computes the Fibonacci sequence|finds the median|flattens a nested list|checks for palindromes
-converts Celsius to Fahrenheit|searches a sorted array|parses a date|downloads a web page|draws a triangle of stars
-computes the greatest common divisor|implements a stack|implements a queue|rolls two dice|shuffles a deck of cards
-counts vowels|validates an email address|transposes a matrix|adds two matrices|groups words by length|finds anagrams"""
-SUMS = """What is {x} + {y}?|What is {x} - {y}?|What is {x} times {y}?|Calculate {x} / {y}.|What is {y}% of {x}?
-A shop sells {y} apples a day. How many does it sell in {x} days?|If a train travels {x} km in {y} hours, how fast is it?
-Tom has {x} marbles and gives {y} away. How many are left?|Solve for x: {y}x = {x}.|What is the average of {x} and {y}?
-I have {x} dollars and each book costs {y} dollars. How many books can I buy?|Round {x}.{y} to the nearest ten."""
+SHARES = ((EVERYDAY, 0.5), (TEMPLATES, 0.25), (TASKS, 0.13), (SUMS, 0.12))
+HELD_OUT = Path(__file__).with_name("heldout.json")
 
 
-def _split(text: str) -> list[str]:
-    return [item for line in text.splitlines() for item in line.split("|") if item]
+@functools.cache
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(item for line in text.splitlines() for item in line.split("|") if item)
+
+
+@functools.cache
+def held_out_prompts() -> tuple[str, ...]:
+    """The prompts that the draft is measured on and never trained on."""
+    return tuple(json.loads(HELD_OUT.read_text("utf-8")))
+
+
+def _draw(rng: random.Random) -> str:
+    """One filled template: 50 % everyday questions, 25 % about a topic, 13 % code, 12 % arithmetic."""
+    template = rng.choice(_split(rng.choices([text for text, _ in SHARES], [share for _, share in SHARES])[0]))
+    values = {name: rng.sample(_split(choices), 2) for name, choices in SLOTS.items()}
+    filled = {name: pair[0] for name, pair in values.items()} | {f"{name}2": pair[1] for name, pair in values.items()}
+    filled["t"], filled["u"] = rng.sample(_split(TOPICS), 2)
+    numbers = {"x": rng.randint(2, 999), "y": rng.randint(2, 99), "year": rng.randint(1400, 2010)}
+    return template.format(a=rng.choice(_split(ACTIONS)), **filled, **numbers)
 
 
 def question(rng: random.Random) -> str:
-    """One templated user prompt: 70 % about a topic, 15 % code, 15 % arithmetic."""
-    kind = rng.random()
-    if kind < 0.7:
-        first, second = rng.sample(_split(TOPICS), 2)
-        return rng.choice(_split(TEMPLATES)).format(t=first, u=second)
-    if kind < 0.85:
-        return rng.choice(_split(TASKS)).format(a=rng.choice(_split(ACTIONS)))
-    return rng.choice(_split(SUMS)).format(x=rng.randint(2, 999), y=rng.randint(2, 99))
+    """One templated user prompt, never a held-out one; a fifth in small letters without a final mark, as people type."""
+    held_out = {text.lower().rstrip(".?!") for text in held_out_prompts()}
+    while (text := _draw(rng)).lower().rstrip(".?!") in held_out:
+        pass
+    return text.lower().rstrip(".?!") if rng.random() < 0.2 else text
+
+
+def held_out_rows(tokens: torch.Tensor, tokenizer: Tokenizer) -> torch.Tensor:
+    """Rows in which a held-out prompt occurs word for word: the target, asked to play the user, can think of one.
+
+    Args:
+        tokens: [R, L] integer.
+        tokenizer: the target's.
+    Returns:
+        [R] bool.
+    """
+    found = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    for prompt in held_out_prompts():
+        for phrase in (tokenizer.encode(prompt).ids, tokenizer.encode(f" {prompt}").ids):
+            starts = max(0, tokens.shape[1] - len(phrase) + 1)
+            same = torch.ones(len(tokens), starts, dtype=torch.bool, device=tokens.device)
+            for offset, token in enumerate(phrase):
+                same &= tokens[:, offset : offset + starts] == token
+            found |= same.any(1)
+    return found
 
 
 def chat_text(prompt: str, system: str | None = SYSTEM) -> str:
@@ -138,10 +135,10 @@ def training_rows(tokenizer: Tokenizer, count: int, seed: int) -> Rows:
     end = tokenizer.token_to_id("<|im_end|>")
     free_chat = free_chat[: len(free_chat) - 1 - free_chat[::-1].index(end)]
     makers: list[tuple[float, Callable[[], tuple[list[int], int]]]] = [
-        (0.40, lambda: (tokenizer.encode(chat_text(question(rng))).ids, 0)),
-        (0.35, lambda: (free_chat, 1)),
-        (0.05, lambda: (tokenizer.encode(chat_text(question(rng), rng.choice(OTHER_SYSTEMS))).ids, 0)),
-        (0.12, lambda: (_seed(rng, texts, tokenizer), 0)),
+        (0.50, lambda: (tokenizer.encode(chat_text(question(rng))).ids, 0)),
+        (0.25, lambda: (free_chat, 1)),
+        (0.07, lambda: (tokenizer.encode(chat_text(question(rng), rng.choice(OTHER_SYSTEMS))).ids, 0)),
+        (0.10, lambda: (_seed(rng, texts, tokenizer), 0)),
         (0.08, lambda: ([tokenizer.token_to_id("<|endoftext|>")], 0)),
     ]
     chosen = rng.choices([maker for _, maker in makers], [share for share, _ in makers], k=count)

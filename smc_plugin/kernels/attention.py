@@ -2,12 +2,13 @@
 
 `attend` does all three in one launch for decode-like passes: each program rotates its queries, walks its part of the
 pages that earlier passes wrote, and the program of the last part takes the new keys and values from the qkv rows
-themselves and writes them to their pages. `rope_and_write` and `paged_attention` mirror the reference and serve long
-prefill chunks.
+themselves and writes them to their pages. The first tile of old keys and values is read while the product that makes qkv
+still runs. `rope_and_write` and `paged_attention` mirror the reference and serve long prefill chunks.
 
 A program serves one sequence and one KV head with all query heads that share it: Llama-8B scoring K + 1 = 9 tokens has
-9 * 4 = 36 query rows, padded to 64. The context is split over programs so that few sequences still fill the GPU; the
-last program to finish a (sequence, KV head) combines the parts. Sequences are the fastest grid axis: particles that
+9 * 4 = 36 query rows, padded to 64. A long context is split over programs, a short one is not: how many parts there are
+is decided on the device, so that a captured pass suits every length; the last program to finish a (sequence, KV head)
+combines the parts. Sequences are the fastest grid axis: particles that
 share prompt pages read the same page at about the same time, so that all but the first find it in the L2 cache.
 Positions at or beyond a sequence's length are masked on load: garbage there, NaN included, is never used.
 """
@@ -35,6 +36,7 @@ from smc_plugin.kernels.launch import (
 )
 
 _FUSED_ROWS = 64  # query rows a program holds; a (sequence, KV head) with more takes the two-launch path
+_LONG_CHUNK = 512  # tokens of the context that one program takes before others help
 _HEADS_PER_PROGRAM = 8
 
 
@@ -76,8 +78,8 @@ def _context_kernel(
     HALF: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_next_start(PDL)
     wait_for_inputs(PDL)
+    let_next_start(PDL)
     row = tl.program_id(0)
     sequence = row // num_queries
     position = tl.load(start + sequence) + row % num_queries
@@ -161,8 +163,8 @@ def _rope_kernel(
     HEADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_next_start(PDL)
     wait_for_inputs(PDL)
+    let_next_start(PDL)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     pair = tl.arange(0, HALF)
@@ -239,30 +241,43 @@ def _attend_tile(q, keys, values, visible, top, total, acc, scale_log2):
 
 
 @triton.jit
-def _combine_parts(acc_parts, stat_parts, num_splits, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _combine_parts(acc_parts, stat_parts, num_parts, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Softmax-weighted sum of all parts of one (sequence, KV head)."""
     row, column = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM)
     top = tl.full([ROWS], float("-inf"), tl.float32)
+    # .cg: other programs wrote these while this one ran; its first-level cache may not know.
+    for part in range(num_parts):
+        top = tl.maximum(top, tl.load(stat_parts + (part * 2) * ROWS + row, cache_modifier=".cg"))
+    shift = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    for split in range(num_splits):
-        # .cg: other programs wrote these while this one ran; its first-level cache may not know.
-        part_top = tl.load(stat_parts + (split * 2) * ROWS + row, cache_modifier=".cg")
-        part_total = tl.load(stat_parts + (split * 2 + 1) * ROWS + row, cache_modifier=".cg")
-        part = tl.load(
-            acc_parts + split * ROWS * HEAD_DIM + row[:, None] * HEAD_DIM + column[None, :], cache_modifier=".cg"
-        )
-        new_top = tl.maximum(top, part_top)
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        fade, gain = tl.exp2(top - shift), tl.exp2(part_top - shift)
-        acc = acc * fade[:, None] + part * gain[:, None]
-        total = total * fade + part_total * gain
-        top = new_top
+    for part in range(num_parts):
+        gain = tl.exp2(tl.load(stat_parts + (part * 2) * ROWS + row, cache_modifier=".cg") - shift)
+        place = acc_parts + part * ROWS * HEAD_DIM + row[:, None] * HEAD_DIM + column[None, :]
+        acc += tl.load(place, cache_modifier=".cg") * gain[:, None]
+        total += tl.load(stat_parts + (part * 2 + 1) * ROWS + row, cache_modifier=".cg") * gain
     return acc, total
 
 
 @triton.jit
-def _attention_kernel(  # noqa: PLR0915 - one idea: a program's queries against its part of the context
+def _pages_of(block_row, token, stop, PAGE_SIZE: tl.constexpr):
+    """The page that holds each position `token` below `stop`, 0 from there on."""
+    return tl.load(block_row + token // PAGE_SIZE, mask=token < stop, other=0, cache_modifier=".cg")
+
+
+@triton.jit
+def _old_tile(cache, half_cache, page, token, stop, kv_heads, kv_head, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Keys and values [TOKENS, HEAD_DIM] of positions `token` below `stop`, 0 from there on."""
+    valid = (token < stop)[:, None]
+    place = ((page.to(tl.int64) * PAGE_SIZE + token % PAGE_SIZE) * kv_heads + kv_head) * HEAD_DIM
+    tile = cache + place[:, None] + tl.arange(0, HEAD_DIM)[None, :]
+    keys = tl.load(tile, mask=valid, other=0.0, cache_modifier=".cg")
+    values = tl.load(tile + half_cache, mask=valid, other=0.0, cache_modifier=".cg")
+    return keys, values
+
+
+@triton.jit
+def _attention_kernel(  # noqa: PLR0912, PLR0915 - one idea: a program's queries against its part of the context
     query,
     row_stride,
     cache,
@@ -285,6 +300,7 @@ def _attention_kernel(  # noqa: PLR0915 - one idea: a program's queries against 
     kv_heads,
     num_queries,
     num_splits,
+    min_chunk,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -296,8 +312,6 @@ def _attention_kernel(  # noqa: PLR0915 - one idea: a program's queries against 
     SPLIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_next_start(PDL)
-    wait_for_inputs(PDL)
     HALF: tl.constexpr = HEAD_DIM // 2
     sequence, split = tl.program_id(0), tl.program_id(2)
     kv_head, row_block = tl.program_id(1) % kv_heads, tl.program_id(1) // kv_heads
@@ -307,7 +321,28 @@ def _attention_kernel(  # noqa: PLR0915 - one idea: a program's queries against 
     is_row = query_index < num_queries
     line = (sequence * num_queries + query_index).to(tl.int64)
     column = tl.arange(0, HEAD_DIM)
-    first_position = tl.load(start + sequence).to(tl.int32)
+    block_row = block_table + sequence * table_stride
+    # FUSED reads only what earlier passes wrote, many launches ago, so it need not wait for that.
+    if not FUSED:
+        wait_for_inputs(PDL)
+    first_position = tl.load(start + sequence, cache_modifier=".cg").to(tl.int32)
+    if FUSED:
+        length = first_position
+    else:
+        last_query = tl.minimum((row_block * ROWS + ROWS - 1) // GROUP, num_queries - 1)
+        length = first_position + last_query + 1
+    chunk = tl.maximum(tl.cdiv(tl.cdiv(length, num_splits), TOKENS) * TOKENS, min_chunk)
+    num_parts = tl.maximum(tl.cdiv(length, chunk), 1)
+    stop = tl.minimum(length, (split + 1) * chunk)
+    token = split * chunk + tl.arange(0, TOKENS)
+    page = _pages_of(block_row, token, stop, PAGE_SIZE)
+    keys, values = _old_tile(cache, half_cache, page, token, stop, kv_heads, kv_head, PAGE_SIZE, HEAD_DIM)
+    page = _pages_of(block_row, token + TOKENS, stop, PAGE_SIZE)
+    if FUSED:
+        wait_for_inputs(PDL)
+    let_next_start(PDL)
+    if split >= num_parts:
+        return
 
     query_base = query + line * row_stride + head * HEAD_DIM
     if FUSED:
@@ -317,32 +352,25 @@ def _attention_kernel(  # noqa: PLR0915 - one idea: a program's queries against 
         row_sin = tl.load(sin + turn, mask=is_row[:, None], other=0.0)
         first, second = _normed_and_rotated(query_base, is_row, row_cos, row_sin, q_norm, eps, NORM, HALF)
         q = tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), [ROWS, HEAD_DIM])
-        length = first_position
     else:
         q = tl.load(query_base[:, None] + column[None, :], mask=is_row[:, None], other=0.0)
-        last_query = tl.minimum((row_block * ROWS + ROWS - 1) // GROUP, num_queries - 1)
-        length = first_position + last_query + 1
 
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    chunk = tl.cdiv(tl.cdiv(length, num_splits), TOKENS) * TOKENS
-    stop = tl.minimum(length, (split + 1) * chunk)
     for at in range(split * chunk, stop, TOKENS):
-        token = at + tl.arange(0, TOKENS)
-        valid = token < stop
-        page = tl.load(block_table + sequence * table_stride + token // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
-        place = ((page * PAGE_SIZE + token % PAGE_SIZE) * kv_heads + kv_head) * HEAD_DIM
-        tile = cache + place[:, None] + column[None, :]
-        keys = tl.load(tile, mask=valid[:, None], other=0.0).to(q.dtype)
-        values = tl.load(tile + half_cache, mask=valid[:, None], other=0.0).to(q.dtype)
-        visible = valid[None, :]
+        # A page's number is known one turn before its keys are asked for, and these one turn before they are used.
+        token = at + TOKENS + tl.arange(0, TOKENS)
+        next_keys, next_values = _old_tile(cache, half_cache, page, token, stop, kv_heads, kv_head, PAGE_SIZE, HEAD_DIM)
+        page = _pages_of(block_row, token + TOKENS, stop, PAGE_SIZE)
+        visible = (token - TOKENS < stop)[None, :]
         if not FUSED:
-            visible = visible & (token[None, :] <= (first_position + query_index)[:, None])
-        top, total, acc = _attend_tile(q, keys, values, visible, top, total, acc, scale_log2)
+            visible = visible & ((token - TOKENS)[None, :] <= (first_position + query_index)[:, None])
+        top, total, acc = _attend_tile(q, keys.to(q.dtype), values.to(q.dtype), visible, top, total, acc, scale_log2)
+        keys, values = next_keys, next_values
 
     if FUSED:  # noqa: SIM102 - the outer condition is decided at compile time
-        if split == num_splits - 1:
+        if split == num_parts - 1:
             new = tl.arange(0, NEW)
             is_new = new < num_queries
             new_line = (sequence * num_queries + new).to(tl.int64)
@@ -365,17 +393,18 @@ def _attention_kernel(  # noqa: PLR0915 - one idea: a program's queries against 
             top, total, acc = _attend_tile(q, new_keys, new_values, new_visible, top, total, acc, scale_log2)
 
     writes = True
-    if SPLIT:
-        tile_index = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-        local = tl.arange(0, ROWS)
-        accs = acc_parts + tile_index * num_splits * ROWS * HEAD_DIM
-        stats = stat_parts + tile_index * num_splits * 2 * ROWS
-        tl.store(accs + split * ROWS * HEAD_DIM + local[:, None] * HEAD_DIM + column[None, :], acc)
-        tl.store(stats + (split * 2) * ROWS + local, top)
-        tl.store(stats + (split * 2 + 1) * ROWS + local, total)
-        writes = is_last_arrival(arrivals + tile_index, num_splits)
-        if writes:
-            acc, total = _combine_parts(accs, stats, num_splits, ROWS, HEAD_DIM)
+    if SPLIT:  # noqa: SIM102 - the outer condition is decided at compile time
+        if num_parts > 1:
+            tile_index = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+            local = tl.arange(0, ROWS)
+            accs = acc_parts + tile_index * num_splits * ROWS * HEAD_DIM
+            stats = stat_parts + tile_index * num_splits * 2 * ROWS
+            tl.store(accs + split * ROWS * HEAD_DIM + local[:, None] * HEAD_DIM + column[None, :], acc)
+            tl.store(stats + (split * 2) * ROWS + local, top)
+            tl.store(stats + (split * 2 + 1) * ROWS + local, total)
+            writes = is_last_arrival(arrivals + tile_index, num_parts)
+            if writes:
+                acc, total = _combine_parts(accs, stats, num_parts, ROWS, HEAD_DIM)
     if writes:
         result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         target = out + line[:, None] * (num_heads * HEAD_DIM) + (head * HEAD_DIM)[:, None] + column[None, :]
@@ -392,10 +421,14 @@ def _check_shapes(head_dim: int, page_size: int) -> None:
             )
 
 
-def _num_splits(programs: int, max_context: int, tokens: int, device: torch.device) -> int:
-    """Parts of the context: two programs a multiprocessor, but at least two tiles a part."""
-    wanted = 2 * sm_count(device) // programs
-    return max(1, min(wanted, cdiv(max_context, 2 * tokens)))
+def _split(programs: int, max_context: int, tokens: int, device: torch.device) -> tuple[int, int]:
+    """At most how many parts of the context, and at least how many tokens a part.
+
+    Two programs a multiprocessor are enough. Where there are many anyway, parts only cost their combination.
+    """
+    sms = sm_count(device)
+    min_chunk = 2 * tokens if 4 * programs <= sms else cdiv(_LONG_CHUNK, tokens) * tokens
+    return max(1, min(2 * sms // programs, cdiv(max_context, min_chunk))), min_chunk
 
 
 def _launch_attention(
@@ -416,7 +449,7 @@ def _launch_attention(
     # float32 products take no tensor cores: larger tiles would not fit the registers.
     tokens = 32 if query.element_size() == 4 else 8192 // max(head_dim, 64)
     blocks = kv_heads * cdiv(queries * group, rows)
-    splits = _num_splits(batch * blocks, context.max_context, tokens, device)
+    splits, min_chunk = _split(batch * blocks, context.max_context, tokens, device)
     out = torch.empty((query.shape[0], num_heads * head_dim), dtype=query.dtype, device=device)
     parts = batch * blocks * splits if splits > 1 else 0
     acc_parts = torch.empty((parts, rows, head_dim), dtype=torch.float32, device=device) if parts else out
@@ -429,7 +462,7 @@ def _launch_attention(
         *(query, query.stride(0), layer_cache, layer_cache.stride(0), context.block_table),
         *(context.block_table.stride(0), context.start, context.cos, context.sin, context.slots, q_norm, k_norm),
         *(out, acc_parts, stat_parts, arrivals, math.log2(math.e) / math.sqrt(head_dim), eps),
-        *(num_heads, kv_heads, queries, splits),
+        *(num_heads, kv_heads, queries, splits, min_chunk),
         GROUP=group,
         HEAD_DIM=head_dim,
         PAGE_SIZE=context.page_size,
@@ -439,8 +472,7 @@ def _launch_attention(
         FUSED=fused,
         NORM=norms is not None,
         SPLIT=splits > 1,
-        num_warps=4,
-        num_stages=3,
+        num_warps=8 if rows * head_dim >= 32 * 128 else 4,
     )
     return out
 

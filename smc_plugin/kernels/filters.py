@@ -124,8 +124,8 @@ def _filter_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_next_start(PDL)
     wait_for_inputs(PDL)
+    let_next_start(PDL)
     index = tl.program_id(0).to(tl.int64)
     row, out_row = scaled + index * row_stride, out + index * vocab_size
     k, p = tl.load(top_k + index), tl.load(top_p + index).to(tl.float64)

@@ -52,8 +52,8 @@ def _open_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(PDL)
     wait_for_inputs(PDL)
+    let_next_start(PDL)
     lane, group = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + group)
     row = group * num_particles + lane
@@ -157,8 +157,8 @@ def _ends_kernel(
     LANES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(PDL)
     wait_for_inputs(PDL)
+    let_next_start(PDL)
     group = tl.program_id(0)
     slot = tl.load(slots + group)
     lane = tl.arange(0, LANES)
@@ -251,8 +251,8 @@ def _commit_kernel(  # noqa: PLR0915 - one idea: a group's tokens, one after the
     LANES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(PDL)
     wait_for_inputs(PDL)
+    let_next_start(PDL)
     group = tl.program_id(0)
     slot = tl.load(slots + group)
     lane = tl.arange(0, LANES)
@@ -371,8 +371,8 @@ def _inherit_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(PDL)
     wait_for_inputs(PDL)
+    let_next_start(PDL)
     lane, group = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + group)
     row, at = group * num_particles + lane, slot * state_particles + lane
@@ -408,8 +408,8 @@ def _close_kernel(  # noqa: PLR0915 - one idea: a group's row of the summary
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    let_next_start(PDL)
     wait_for_inputs(PDL)
+    let_next_start(PDL)
     group = tl.program_id(0)
     slot = tl.load(slots + group)
     lane = tl.arange(0, LANES)

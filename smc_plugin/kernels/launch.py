@@ -1,8 +1,10 @@
 """How kernels are launched: programmatic dependent launch, arrival counters, and recording instead of launching.
 
-Programmatic dependent launch (PDL): from compute capability 9.0 on, a kernel may start while its predecessor drains. Each
-kernel calls `let_next_start` and then `wait_for_inputs` before it touches what another kernel wrote, on every path;
-what it reads before (weights) overlaps with the predecessor. Both compile to nothing when PDL is off.
+Programmatic dependent launch (PDL): from compute capability 9.0 on, a kernel may start while its predecessor runs. Each
+kernel calls `wait_for_inputs` before it touches what the kernel before it wrote, and then `let_next_start`, on every
+path. So when a kernel runs, all programs of its predecessor are past their wait: everything that was launched two or more
+kernels earlier is complete, and may be read before the wait (past the first-level cache, which may hold older values).
+Both compile to nothing when PDL is off.
 
 Arrival counters let the last program of a tile combine the partial results of all: each adds 1, the last one sees
 count - 1 and sets it back to 0, so the next launch finds zeros. They belong to a device; launches that use them must
@@ -154,7 +156,7 @@ def next_power_of_2(n: int) -> int:
 
 @triton.jit
 def let_next_start(PDL: tl.constexpr):
-    """Allow the next kernel to start its prologue."""
+    """Allow the next kernel to start up to its own wait; call it after `wait_for_inputs`."""
     if PDL:
         gdc_launch_dependents()
 

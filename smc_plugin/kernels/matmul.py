@@ -9,8 +9,11 @@ The rows are few (a draft step has 8, a score pass 72), so the time is that of r
 shared memory, products accumulate in float32. An RMS norm costs no pass and no work in the loop: the product that makes
 y also writes y times the norm's weight and the sums of y² over its columns (`Prenormed`), and the product that
 consumes it multiplies its accumulator by 1/rms at the end. Narrow matrices are split over the inner dimension too; the
-last program to finish a tile sums the parts in order, so results do not depend on timing. Under programmatic dependent
-launch a program asks for its first weights before it waits for the kernel that makes x.
+last program to finish a tile sums the parts in order, so results do not depend on timing.
+
+Between two products the memory would idle: the last programs finish, the next ones wait for them and fill their
+pipelines, three microseconds in all, 9 MB on an H100. So a program that has read its weights asks the L2 cache for the
+first weights of the product that comes next (`Upcoming`).
 
 Example: Llama-1B's o projection, 8 rows, 2048 -> 2048, is 64 column tiles of 32 times 4 splits = 256 programs, each of
 which streams 512 * 32 weights (32 kB).
@@ -18,7 +21,6 @@ which streams 512 * 32 weights (32 kB).
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -41,16 +43,20 @@ from smc_plugin.tactic import Tactic
 __all__ = [
     "Prenormed",
     "Tactic",
+    "Upcoming",
     "candidate_tactics",
     "default_tactic",
     "gated",
     "linear",
     "linear_and_norm",
+    "prefetch_rows",
     "rms_norm",
+    "upcoming",
 ]
 
 _SHARED_BYTES = 200 * 1024  # what a program may take on Hopper, with some room
-_PREFETCH_BYTES = 32 * 1024  # of each program's weights before it waits
+_PREFETCH_BYTES = 8 << 20  # of a product's weights, while the launch before it ends
+_PREFETCH_GRAIN = 128  # bytes; a line of the L2 cache
 
 
 @dataclass(frozen=True)
@@ -68,35 +74,39 @@ class Prenormed:
     eps: float
 
 
+@dataclass(frozen=True)
+class Upcoming:
+    """The weights that the next product will read first.
+
+    Args:
+        weight: [inner, columns], contiguous.
+        rows: inner rows at the start of each split.
+        rows_per_split: from one split to the next.
+        splits: how many.
+    """
+
+    weight: Tensor
+    rows: int
+    rows_per_split: int
+    splits: int
+
+
 @triton.jit
-def _prefetch(pointers):
-    """Ask the L2 cache for the lines at `pointers`."""
+def _prefetch_upcoming(weight, bytes_per_split, split_stride, num_splits, chunk, program, THREADS: tl.constexpr):
+    """Ask the L2 cache for this program's share of [num_splits] stretches of bytes_per_split, a chunk a thread."""
+    index = program * THREADS + tl.arange(0, THREADS)
+    chunks_per_split = tl.cdiv(bytes_per_split, chunk)
+    split, start = index // chunks_per_split, index % chunks_per_split * chunk
+    address = weight.to(tl.int64) + split.to(tl.int64) * split_stride + start
+    size = tl.minimum(chunk, bytes_per_split - start)
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
+        "{ .reg .pred wanted; setp.ne.s32 wanted, $3, 0; @wanted cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r,r",
+        [address, size, (split < num_splits).to(tl.int32)],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
     )
-
-
-@triton.jit
-def _prefetch_weights(
-    weight, inner_stride, column_stride, start, column, inner, columns,
-    INNER_MAJOR: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    """Ask for the first AHEAD inner rows of a program's weights, a line of 128 bytes (64 elements) a pointer."""
-    if INNER_MAJOR:
-        LINES: tl.constexpr = (AHEAD + 63) // 64
-        line = tl.arange(0, COLUMNS * LINES)
-        at = tl.minimum(column + line % COLUMNS, columns - 1).to(tl.int64) * column_stride
-        _prefetch(weight + at + tl.minimum(start + line // COLUMNS * 64, inner - 1))
-    else:
-        LINES: tl.constexpr = (COLUMNS + 63) // 64
-        line = tl.arange(0, AHEAD * LINES)
-        at = tl.minimum(start + line // LINES, inner - 1).to(tl.int64) * inner_stride
-        _prefetch(weight + at + tl.minimum(column + line % LINES * 64, columns - 1))
 
 
 @triton.jit
@@ -109,18 +119,20 @@ def _load_weights(pointers, is_inner, is_column, EVEN_INNER: tl.constexpr, EVEN_
 
 
 @triton.jit
-def _one_over_rms(squares, num_parts, row, is_row, num_rows, width, eps, ROWS: tl.constexpr, PARTS: tl.constexpr):
-    """[ROWS] float32: 1 / sqrt(mean square + eps) from [num_parts, num_rows] sums of squares."""
-    part = tl.arange(0, PARTS)
-    total = tl.zeros([ROWS, PARTS], tl.float32)
-    for first in range(0, num_parts, PARTS):
-        at = (first + part)[None, :] * num_rows + row[:, None]
-        total += tl.load(squares + at, mask=is_row[:, None] & (first + part < num_parts)[None, :], other=0.0)
-    return tl.rsqrt(tl.sum(total, axis=1) / width + eps)
+def _load_squares(squares, first, num_parts, row, is_row, num_rows, PARTS: tl.constexpr):
+    """[ROWS, PARTS] float32 sums of squares from `first` on, 0 beyond num_parts."""
+    part = first + tl.arange(0, PARTS)
+    inside = is_row[:, None] & (part < num_parts)[None, :]
+    return tl.load(squares + part[None, :] * num_rows + row[:, None], mask=inside, other=0.0)
 
 
 # A machine code for each number of rows or parts would help nobody, and take a second each to compile.
-@triton.jit(do_not_specialize=["num_rows", "num_parts", "num_splits"])
+@triton.jit(
+    do_not_specialize=[
+        *("num_rows", "num_parts", "num_splits"),
+        *("upcoming_bytes", "upcoming_stride", "upcoming_splits", "upcoming_chunk"),
+    ]
+)
 def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decided at compile time
     x,
     x_stride,
@@ -136,6 +148,11 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
     next_norm,
     next_values,
     next_squares,
+    upcoming,
+    upcoming_bytes,
+    upcoming_stride,
+    upcoming_splits,
+    upcoming_chunk,
     acc_parts,
     arrivals,
     num_rows,
@@ -156,28 +173,24 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     PARTS: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    UPCOMING: tl.constexpr,
+    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     column_tile, split, row_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = split * inner_per_split
     stop = tl.minimum(start + inner_per_split, inner)
-    let_next_start(PDL)
-    if PDL and PREFETCH > 0:
-        _prefetch_weights(
-            weight, inner_stride, column_stride, start, column_tile * COLUMNS, inner, columns,
-            INNER_MAJOR, COLUMNS, PREFETCH,
-        )  # fmt: skip
-        if GATED:
-            _prefetch_weights(
-                weight + columns * column_stride, inner_stride, column_stride, start, column_tile * COLUMNS, inner,
-                columns, INNER_MAJOR, COLUMNS, PREFETCH,
-            )  # fmt: skip
     wait_for_inputs(PDL)
+    let_next_start(PDL)
     row = row_tile * ROWS + tl.arange(0, ROWS)
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     is_row, is_column = row < num_rows, column < columns
     source = column.to(tl.int64) * column_stride
+    place = row.to(tl.int64)[:, None] * columns + column[None, :]
+    inside = is_row[:, None] & is_column[None, :]
+    # Asked for here and used after the loop, so that the end of a program waits for as little as possible.
+    parts = _load_squares(squares, 0, num_parts, row, is_row, num_rows, PARTS) if PRENORMED else 0.0
+    added = tl.load(residual + place, mask=inside, other=0.0) if RESIDUAL else 0.0
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     up_acc = acc
     for at in range(start, stop, INNER):
@@ -196,6 +209,9 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
             up = _load_weights(up_at, k < stop, is_column, EVEN_INNER, EVEN_COLUMNS)
             up_acc = tl.dot(tile, up, up_acc, input_precision="ieee")
 
+    if PDL and UPCOMING:
+        program = column_tile + tl.num_programs(0) * (split + tl.num_programs(1) * row_tile)
+        _prefetch_upcoming(upcoming, upcoming_bytes, upcoming_stride, upcoming_splits, upcoming_chunk, program, THREADS)
     writes = True
     if SPLIT:
         MATRICES: tl.constexpr = 2 if GATED else 1
@@ -203,9 +219,9 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
         own = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         first = tile_index.to(tl.int64) * num_splits
         part = acc_parts + (first + split) * MATRICES * ROWS * COLUMNS + own
-        tl.store(part, acc)
+        tl.store(part, acc, mask=is_row[:, None])
         if GATED:
-            tl.store(part + ROWS * COLUMNS, up_acc)
+            tl.store(part + ROWS * COLUMNS, up_acc, mask=is_row[:, None])
         writes = is_last_arrival(arrivals + tile_index, num_splits)
         if writes:
             acc = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -213,22 +229,22 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
             for other in range(num_splits):
                 # .cg: other programs wrote these while this one ran; its first-level cache may not know.
                 part = acc_parts + (first + other) * MATRICES * ROWS * COLUMNS + own
-                acc += tl.load(part, cache_modifier=".cg")
+                acc += tl.load(part, mask=is_row[:, None], other=0.0, cache_modifier=".cg")
                 if GATED:
-                    up_acc += tl.load(part + ROWS * COLUMNS, cache_modifier=".cg")
+                    up_acc += tl.load(part + ROWS * COLUMNS, mask=is_row[:, None], other=0.0, cache_modifier=".cg")
     if writes:
         if PRENORMED:
-            scale = _one_over_rms(squares, num_parts, row, is_row, num_rows, inner, eps, ROWS, PARTS)[:, None]
+            for later in range(PARTS, num_parts, PARTS):
+                parts += _load_squares(squares, later, num_parts, row, is_row, num_rows, PARTS)
+            scale = tl.rsqrt(tl.sum(parts, axis=1) / inner + eps)[:, None]
             acc = acc * scale
             up_acc = up_acc * scale
         if BIAS:
             acc += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
         if GATED:
             acc = acc / (1.0 + tl.exp(-acc)) * up_acc
-        place = row.to(tl.int64)[:, None] * columns + column[None, :]
-        inside = is_row[:, None] & is_column[None, :]
         if RESIDUAL:
-            acc += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+            acc += added.to(tl.float32)
         result = acc.to(out.dtype.element_ty)
         tl.store(out + place, result, mask=inside)
         if NORM_NEXT:
@@ -250,8 +266,8 @@ def _norm_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_next_start(PDL)
     wait_for_inputs(PDL)
+    let_next_start(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     valid = column < width
@@ -288,14 +304,19 @@ def _tile_bytes(columns: int, inner: int, rows: int, gated: bool, stages: int) -
     return 2 * stages * inner * (columns * (2 if gated else 1) + rows)
 
 
-def _prefetch_rows(columns: int, gated: bool, inner_per_split: int) -> int:
-    """Inner rows that make _PREFETCH_BYTES of 16-bit weights, no more than a program has."""
-    wanted = _PREFETCH_BYTES // (2 * columns * (2 if gated else 1))
-    return min(wanted, 1 << (max(inner_per_split, 1).bit_length() - 1))
+# Tiles (columns, inner, stages) worth timing, the generally good ones first: for few rows and for many.
+_SMALL_TILES = (
+    *((64, 128, 6), (64, 256, 4), (64, 128, 4), (128, 64, 6), (32, 256, 4)),
+    *((32, 128, 6), (64, 256, 3), (32, 256, 6), (64, 64, 6)),
+)
+_TALL_TILES = (
+    *((64, 64, 6), (64, 128, 4), (128, 64, 3), (64, 128, 3)),
+    *((32, 128, 4), (64, 64, 4), (32, 64, 5), (128, 128, 3)),
+)
 
 
 def default_tactic(rows: int, columns: int, inner: int, gated: bool, sms: int) -> Tactic:
-    """A tactic that fits without measuring: about two programs a multiprocessor, tiles of 64 to 128 inner elements.
+    """The tactic to use without measuring.
 
     Args:
         rows: of x.
@@ -304,37 +325,76 @@ def default_tactic(rows: int, columns: int, inner: int, gated: bool, sms: int) -
         gated: two weight tiles a program.
         sms: multiprocessors.
     """
-    tile_rows = min(128, max(16, next_power_of_2(rows)))
-    small = tile_rows <= 32
-    tile_columns = 32 if small and (gated or columns < 64 * sms) else 64
-    tile_inner = min(128 if small else 64, max(16, next_power_of_2(inner)))
-    programs = cdiv(columns, tile_columns) * cdiv(rows, tile_rows)
-    splits = 1
-    while programs * splits * 2 <= 3 * sms and inner // (splits * 2) >= 2 * tile_inner:
-        splits *= 2
-    prefetch = _prefetch_rows(tile_columns, gated, inner // splits)
-    return Tactic(tile_rows, tile_columns, tile_inner, splits, 4, 4, prefetch)
+    return candidate_tactics(rows, columns, inner, gated, sms)[0]
 
 
 def candidate_tactics(rows: int, columns: int, inner: int, gated: bool, sms: int) -> list[Tactic]:
-    """Tactics worth timing on a GPU, the default first.
+    """Tactics worth timing on a GPU, the default first: one to two programs a multiprocessor, tiles that fit its memory.
 
     Args:
         rows, columns, inner, gated, sms: see default_tactic.
     """
-    default = default_tactic(rows, columns, inner, gated, sms)
-    found = {default: None}
-    for tile_columns, tile_inner, splits, stages in itertools.product(
-        (32, 64, 128), (64, 128), (1, 2, 4, 8), (3, 4, 6)
-    ):
-        programs = cdiv(columns, tile_columns) * cdiv(rows, default.rows) * splits
-        fits = _tile_bytes(tile_columns, tile_inner, default.rows, gated, stages) <= _SHARED_BYTES
-        fills = sms <= 2 * programs and (splits == 1 or programs <= 6 * sms)
-        if fits and fills and inner // splits >= 2 * tile_inner:
-            warps = 8 if default.rows * tile_columns >= 128 * 128 else 4
-            prefetch = _prefetch_rows(tile_columns, gated, inner // splits)
-            found[Tactic(default.rows, tile_columns, tile_inner, splits, warps, stages, prefetch)] = None
-    return list(found)
+    tile_rows = min(128, max(16, next_power_of_2(rows)))
+    found = []
+    for tile_columns, tile_inner, stages in _SMALL_TILES if tile_rows <= 32 else _TALL_TILES:
+        fits = _tile_bytes(tile_columns, tile_inner, tile_rows, gated, stages) <= _SHARED_BYTES
+        tile_inner = min(tile_inner, max(16, next_power_of_2(inner)))  # noqa: PLW2901
+        programs = cdiv(columns, tile_columns) * cdiv(rows, tile_rows)
+        splits = 1
+        while programs * splits * 4 <= 3 * sms and inner // (splits * 2) >= 2 * tile_inner:
+            splits *= 2
+        more = 2 * splits
+        wanted = (splits, more) if programs * more <= 3 * sms and inner // more >= 2 * tile_inner else (splits,)
+        for parts in wanted if fits else ():
+            prefetch = prefetch_rows(_PREFETCH_BYTES, columns * (2 if gated else 1), inner, parts)
+            found.append(Tactic(tile_rows, tile_columns, tile_inner, parts, _warps(tile_rows), stages, prefetch))
+    return list(dict.fromkeys(found))
+
+
+def _warps(tile_rows: int) -> int:
+    """Four make one matrix instruction of 64 rows; more rows need the registers of eight."""
+    return 8 if tile_rows > 64 else 4
+
+
+def prefetch_rows(num_bytes: int, width: int, inner: int, splits: int) -> int:
+    """Inner rows of each split that make num_bytes of 16-bit weights [inner, width], no more than there are."""
+    return min(num_bytes // (2 * width * splits), inner // splits)
+
+
+def _inner_per_split(inner: int, tactic: Tactic) -> int:
+    """Whole tiles in every split, so that only the last can be ragged."""
+    return cdiv(cdiv(inner, tactic.splits), tactic.inner) * tactic.inner
+
+
+def upcoming(weight: Tensor, tactic: Tactic) -> Upcoming | None:
+    """What a launch can ask for on behalf of the next product; None where the tactic wants nothing.
+
+    Args:
+        weight: [inner, columns] of that product, contiguous; a row is a multiple of 16 bytes.
+        tactic: of that product.
+    """
+    if tactic.prefetch == 0 or weight.shape[1] * weight.element_size() % 16:
+        return None
+    inner = weight.shape[0]
+    rows_per_split = _inner_per_split(inner, tactic)
+    splits = cdiv(inner, rows_per_split)
+    # The last split may have fewer rows than the others.
+    rows = min(tactic.prefetch, inner - (splits - 1) * rows_per_split)
+    return Upcoming(weight, rows, rows_per_split, splits)
+
+
+def _upcoming_arguments(following: Upcoming | None, programs: int, threads: int, other: Tensor) -> tuple:
+    """Pointer, bytes of a stretch, stride of stretches, how many, and bytes for each thread."""
+    if following is None:
+        return other, 0, 0, 0, _PREFETCH_GRAIN
+    row_bytes = following.weight.shape[1] * following.weight.element_size()
+    stretch = following.rows * row_bytes
+    share = cdiv(stretch * following.splits, programs * threads)
+    chunk = cdiv(share, _PREFETCH_GRAIN) * _PREFETCH_GRAIN
+    # Rounding up within each stretch may need a few more chunks than there are threads.
+    while cdiv(stretch, chunk) * following.splits > programs * threads:
+        chunk += _PREFETCH_GRAIN
+    return following.weight, stretch, following.rows_per_split * row_bytes, following.splits, chunk
 
 
 def _linear(
@@ -347,6 +407,7 @@ def _linear(
     gated: bool,
     dtype: torch.dtype | None,
     tactic: Tactic | None,
+    following: Upcoming | None,
 ) -> tuple[Tensor, Prenormed | None]:
     prenormed, x = (x, x.values) if isinstance(x, Prenormed) else (None, x)
     rows, inner = x.shape
@@ -355,8 +416,7 @@ def _linear(
     device = x.device
     tactic = tactic or default_tactic(rows, columns, inner, gated, sm_count(device))
     out = torch.empty((rows, columns), dtype=dtype or x.dtype, device=device)
-    # Whole tiles in every split, so that only the last can be ragged.
-    inner_per_split = cdiv(cdiv(inner, tactic.splits), tactic.inner) * tactic.inner
+    inner_per_split = _inner_per_split(inner, tactic)
     splits = cdiv(inner, inner_per_split)
     grid = (cdiv(columns, tactic.columns), splits, cdiv(rows, tactic.rows))
     acc_parts = arrivals = out
@@ -364,10 +424,11 @@ def _linear(
         elements = tactic.rows * tactic.columns * (2 if gated else 1)
         acc_parts = torch.empty((grid[0] * grid[2] * splits, elements), dtype=torch.float32, device=device)
         arrivals = counters(device, grid[0] * grid[2])
-    following = None
+    normed = None
     if norm is not None:
         squares = torch.empty((grid[0], rows), dtype=torch.float32, device=device)
-        following = Prenormed(torch.empty_like(out), squares, norm[1])
+        normed = Prenormed(torch.empty_like(out), squares, norm[1])
+    threads = 32 * tactic.num_warps
     num_parts = 0 if prenormed is None else prenormed.squares.shape[0]
     launch(
         _linear_kernel,
@@ -375,13 +436,14 @@ def _linear(
         *(x, x.stride(0), weight, weight.stride(1 if transpose_w else 0), weight.stride(0 if transpose_w else 1)),
         *(x if bias is None else bias, x if prenormed is None else prenormed.squares, num_parts),
         *(0.0 if prenormed is None else prenormed.eps, x if residual is None else residual, out),
-        *((out, out, out) if following is None or norm is None else (norm[0], following.values, following.squares)),
+        *((out, out, out) if normed is None or norm is None else (norm[0], normed.values, normed.squares)),
+        *_upcoming_arguments(following, grid[0] * grid[1] * grid[2], threads, weight),
         *(acc_parts, arrivals, rows, columns, inner, inner_per_split, splits),
         PRENORMED=prenormed is not None,
         BIAS=bias is not None,
         GATED=gated,
         RESIDUAL=residual is not None,
-        NORM_NEXT=following is not None,
+        NORM_NEXT=normed is not None,
         SPLIT=splits > 1,
         EVEN_INNER=inner % tactic.inner == 0,
         EVEN_COLUMNS=columns % tactic.columns == 0,
@@ -389,12 +451,14 @@ def _linear(
         ROWS=tactic.rows,
         COLUMNS=tactic.columns,
         INNER=tactic.inner,
-        PARTS=max(16, 4096 // tactic.rows),  # a tile that fits the registers and rarely takes a second turn
-        PREFETCH=tactic.prefetch,
+        # A tile that fits the registers; more parts take further turns.
+        PARTS=min(max(16, 8192 // tactic.rows), next_power_of_2(max(num_parts, 1))),
+        UPCOMING=following is not None,
+        THREADS=threads,
         num_warps=tactic.num_warps,
         num_stages=tactic.num_stages,
     )
-    return out, following
+    return out, normed
 
 
 def linear(
@@ -405,6 +469,7 @@ def linear(
     transpose_w: bool = False,
     dtype: torch.dtype | None = None,
     tactic: Tactic | None = None,
+    following: Upcoming | None = None,
 ) -> Tensor:
     """x @ weight + bias + residual, each part but the product optional.
 
@@ -415,10 +480,11 @@ def linear(
         residual: [rows, columns], contiguous.
         dtype: of the result, x's by default.
         tactic: how to cut the work; None takes default_tactic.
+        following: what to ask the L2 cache for at the end (see `upcoming`).
     Returns:
         [rows, columns]; sums are made in float32 and rounded once.
     """
-    return _linear(x, weight, bias, residual, None, transpose_w, False, dtype, tactic)[0]
+    return _linear(x, weight, bias, residual, None, transpose_w, False, dtype, tactic, following)[0]
 
 
 def linear_and_norm(
@@ -427,28 +493,31 @@ def linear_and_norm(
     residual: Tensor,
     norm: tuple[Tensor, float],
     tactic: Tactic | None = None,
+    following: Upcoming | None = None,
 ) -> tuple[Tensor, Prenormed]:
     """y = x @ weight + residual, and y on its way through an RMS norm.
 
     Args:
-        x, weight, residual, tactic: see `linear`.
+        x, weight, residual, tactic, following: see `linear`.
         norm: ([columns] weight, eps) of the norm.
     Returns:
         y [rows, columns], and what the product after the norm takes in place of norm(y).
     """
-    out, following = _linear(x, weight, None, residual, norm, False, False, None, tactic)
-    assert following is not None
-    return out, following
+    out, normed = _linear(x, weight, None, residual, norm, False, False, None, tactic, following)
+    assert normed is not None
+    return out, normed
 
 
-def gated(x: Tensor | Prenormed, weight: Tensor, tactic: Tactic | None = None) -> Tensor:
+def gated(
+    x: Tensor | Prenormed, weight: Tensor, tactic: Tactic | None = None, following: Upcoming | None = None
+) -> Tensor:
     """silu(x @ gate) * (x @ up).
 
     Args:
         x: [rows, inner], columns contiguous; a `Prenormed` one is normalised first.
         weight: [inner, 2 f], gate first; contiguous, x's dtype.
-        tactic: how to cut the work; None takes default_tactic.
+        tactic, following: see `linear`.
     Returns:
         [rows, f] in x's dtype.
     """
-    return _linear(x, weight, None, None, None, False, True, None, tactic)[0]
+    return _linear(x, weight, None, None, None, False, True, None, tactic, following)[0]

@@ -50,8 +50,8 @@ def _take_pages_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_next_start(PDL)
     wait_for_inputs(PDL)
+    let_next_start(PDL)
     lane = tl.arange(0, GROUPS)
     wanted = tl.sum(_new_blocks(num_blocks, needed_blocks, groups, lane, max_new), axis=0) * num_particles
     found = tl.full([], 0, tl.int32)
@@ -85,8 +85,8 @@ def _assign_kernel(
     NEW: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_next_start(PDL)
     wait_for_inputs(PDL)
+    let_next_start(PDL)
     particle, group = tl.program_id(0), tl.program_id(1)
     lane = tl.arange(0, GROUPS)
     counts = _new_blocks(num_blocks, needed_blocks, groups, lane, max_new)
@@ -114,8 +114,8 @@ def _fork_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_next_start(PDL)
     wait_for_inputs(PDL)
+    let_next_start(PDL)
     particle, group = tl.program_id(0), tl.program_id(1)
     at = group * num_particles + particle
     ancestor = tl.load(ancestors + at)
@@ -150,8 +150,8 @@ def _release_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_next_start(PDL)
     wait_for_inputs(PDL)
+    let_next_start(PDL)
     particle, group = tl.program_id(0), tl.program_id(1)
     held = tl.load(num_blocks + group).to(tl.int32)
     row = block_table + group * group_stride + particle * particle_stride
@@ -172,8 +172,8 @@ def _copy_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_next_start(PDL)
     wait_for_inputs(PDL)
+    let_next_start(PDL)
     pair, layer = tl.program_id(1), tl.program_id(2).to(tl.int64)
     take, put = tl.load(source + pair).to(tl.int64), tl.load(destination + pair).to(tl.int64)
     if take != put:

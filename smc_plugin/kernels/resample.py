@@ -80,8 +80,8 @@ def _ancestors_kernel(
     LANES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_next_start(PDL)
     wait_for_inputs(PDL)
+    let_next_start(PDL)
     group = tl.program_id(0)
     lane = tl.arange(0, LANES)
     valid = lane < num_particles
@@ -127,8 +127,8 @@ def _round_end_kernel(
     LANES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_next_start(PDL)
     wait_for_inputs(PDL)
+    let_next_start(PDL)
     group = tl.program_id(0)
     lane = tl.arange(0, LANES)
     valid = lane < num_particles

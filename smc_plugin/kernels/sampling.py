@@ -72,8 +72,8 @@ def _partial_kernel(
     NUM_PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_next_start(PDL)
     wait_for_inputs(PDL)
+    let_next_start(PDL)
     row, split = tl.program_id(1), tl.program_id(0)
     source = tl.load(rows + row) if INDIRECT else row.to(tl.int64)
     base = logits + source * row_stride
@@ -149,8 +149,8 @@ def _combine_kernel(
     NUM_PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_next_start(PDL)
     wait_for_inputs(PDL)
+    let_next_start(PDL)
     row = tl.program_id(0)
     split = tl.arange(0, SPLITS)
     valid = split < num_splits

@@ -111,8 +111,8 @@ def _weigh_kernel(
     LANES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_next_start(PDL)
     wait_for_inputs(PDL)
+    let_next_start(PDL)
     group = tl.program_id(0)
     lane = tl.arange(0, LANES)
     result, committed, _, _ = accumulate_group(
@@ -134,8 +134,8 @@ def _summary_kernel(
     LANES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_next_start(PDL)
     wait_for_inputs(PDL)
+    let_next_start(PDL)
     group = tl.program_id(0)
     lane = tl.arange(0, LANES)
     valid = lane < num_particles

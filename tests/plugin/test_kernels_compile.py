@@ -108,12 +108,13 @@ def test_attention(model: str) -> None:
             )
             norms = (meta(head_dim), meta(head_dim)) if norm else (None, None)
             attention.attend(meta(batch * queries, qkv), cache, context, HEADS, *norms)
-    for one in compile_all(recorded):
+    for launched, one in zip(recorded, compile_all(recorded), strict=True):
         # Reducing a large angle takes 32 bytes of stack; it shows that sine and cosine are the accurate ones.
         assert one.spill_bytes == (32 if one.name == "_context_kernel" else 0), one
         assert "cos.approx" not in one.ptx
-        if one.name == "_attention_kernel":
-            assert "cp.async" in one.ptx
+        if launched.arguments.get("FUSED"):
+            # The first tile of old keys and values is asked for before the wait for the new ones.
+            assert one.ptx.index("ld.global.cg.v4") < one.ptx.index("griddepcontrol.wait")
 
 
 def test_sizes_of_one_compile() -> None:
@@ -140,15 +141,19 @@ def test_products(model: str, rows: int) -> None:
     hidden, qkv, ffn, _ = MODELS[model]
     norm, residual = (meta(hidden), 1e-5), meta(rows, hidden)
     with launch.recording() as recorded:
-        _, normed = matmul.linear_and_norm(meta(rows, hidden), meta(hidden, hidden), residual, norm)
-        inner = matmul.gated(normed, meta(hidden, 2 * ffn))
+        gate_up = meta(hidden, 2 * ffn)
+        following = matmul.upcoming(gate_up, matmul.default_tactic(rows, ffn, hidden, True, 132))
+        attended = meta(rows, hidden)
+        _, normed = matmul.linear_and_norm(attended, meta(hidden, hidden), residual, norm, following=following)
+        inner = matmul.gated(normed, gate_up)
         _, normed = matmul.linear_and_norm(inner, meta(ffn, hidden), residual, norm)
         matmul.linear(normed, meta(hidden, qkv))
         matmul.linear(meta(rows, hidden), meta(VOCAB, hidden), transpose_w=True, dtype=F32)
-    for one in compile_all(recorded):
-        assert one.spill_bytes == 0, one
+    compiled = compile_all(recorded)
+    for one in compiled:
+        assert one.spill_bytes == 0, one.name
         if one.name == "_linear_kernel":
-            # Weights travel in asynchronous 16-byte copies, asked for before the wait for the inputs.
-            assert "cp.async.cg.shared.global" in one.ptx
-            assert one.ptx.index("prefetch.global.L2") < one.ptx.index("griddepcontrol.wait")
-            assert one.ptx.index("griddepcontrol.wait") < one.ptx.index("cp.async.cg")
+            assert "cp.async.cg.shared.global" in one.ptx  # weights travel in asynchronous 16-byte copies
+    # The first product asks for the next one's weights after it has started the last of its own copies.
+    first = compiled[0].ptx
+    assert first.rindex("cp.async.cg") < first.index("cp.async.bulk.prefetch.L2")

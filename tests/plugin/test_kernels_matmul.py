@@ -13,7 +13,7 @@ TACTICS = {
     "default": None,
     "split": Tactic(16, 32, 32, 3, 4, 3),
     "tall": Tactic(32, 16, 16, 1, 4, 3),
-    "wide": Tactic(16, 64, 64, 2, 4, 3, prefetch=0),
+    "wide": Tactic(16, 64, 64, 2, 4, 3),
 }
 
 

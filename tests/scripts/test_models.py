@@ -15,7 +15,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from smc_plugin.errors import CheckpointError
+from smc_plugin.errors import CheckpointError, ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -273,22 +273,24 @@ def test_cached_writing_agrees_with_the_whole_row_forward_pass(target: measure.M
     sampled = kinds[:, 1:] == generate.ANSWER
     assert sampled.sum() > 20
     assert torch.equal(best[sampled], tokens[:, 1:][sampled].long())
+    torch.testing.assert_close(writer.hidden[:, :-1], target.hidden(tokens)[:, :-1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("order_two", [0.0, 0.5])
-def test_the_closed_form_gradient_is_autograds(order_two: float) -> None:
+@pytest.mark.parametrize(("order_two", "acceptance"), [(0.0, 0.0), (0.5, 0.0), (0.0, 1.0), (0.5, 0.4)])
+def test_the_closed_form_gradient_is_autograds(order_two: float, acceptance: float) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(10, 6, generator=generator, requires_grad=True)
     other, head = torch.randn(10, 6, generator=generator), torch.randn(13, 6, generator=generator)
     weight = torch.rand(10, generator=generator)
-    terms = loss.LossTerms(order_two=order_two, log_ratio_max=50.0, chunk=4)
+    terms = loss.LossTerms(order_two=order_two, acceptance=acceptance, log_ratio_max=50.0, chunk=4)
     value, overlap = loss.head_loss(hidden, other, weight, head, terms)
     (slope,) = torch.autograd.grad(value, hidden)
     expected = torch.zeros(10)
     p = q = torch.zeros(())
     for temperature, share in terms.kl:
         p, q = (torch.softmax(h @ head.T / temperature, -1) for h in (other, hidden))
-        expected = expected + share * (p * (p / q).log()).sum(-1)
+        expected = expected + share * (1 - acceptance) * (p * (p / q).log()).sum(-1)
+        expected = expected - share * acceptance * torch.minimum(p, q).sum(-1).log()
     expected = ((expected + order_two * (p * p / q).sum(-1).log()) * weight).sum() / weight.sum()
     torch.testing.assert_close(value, expected.detach())
     torch.testing.assert_close(slope, torch.autograd.grad(expected, hidden)[0], rtol=1e-4, atol=1e-6)
@@ -313,10 +315,53 @@ def test_stacked_muon_moves_like_torchs_muon() -> None:
 
 
 def test_held_out_prompts_are_many_and_never_trained_on() -> None:
-    held_out = set(json.loads(train_draft.HELD_OUT.read_text("utf-8")))
+    held_out = set(prompts.held_out_prompts())
     rng = random.Random(0)
     assert len(held_out) >= 64
-    assert held_out.isdisjoint({prompts.question(rng) for _ in range(20_000)})
+    questions = {prompts.question(rng) for _ in range(20_000)}
+    assert len(questions) > 10_000
+    assert held_out.isdisjoint(questions)
+    words = [frozenset(text.lower().strip(".?!").split()) for text in held_out]
+    near = [
+        text
+        for text in questions
+        for a in [frozenset(text.lower().strip(".?!").split())]
+        for b in words
+        if len(a & b) > 0.8 * len(a | b)
+    ]
+    assert near == []
+
+
+def test_a_row_that_quotes_a_held_out_prompt_teaches_nothing(tiny_target: Path) -> None:
+    session = train_draft.open_session(tiny_target, "cpu")
+    quoted, near = f"x {prompts.held_out_prompts()[4]} y", f"x {prompts.held_out_prompts()[4].upper()} y"
+    rows = prompts.pad_rows([session.tokenizer.encode(text).ids for text in (near, quoted, near)], [1.0] * 3, [0] * 3)
+    assert prompts.held_out_rows(rows.prompt, session.tokenizer).tolist() == [False, True, False]
+    kinds = torch.full_like(rows.prompt, generate.ANSWER)
+    (corpus,) = train_draft.prepare(session, [{"tokens": rows.prompt, "kinds": kinds}])
+    assert (corpus.weight.sum(1) > 0).tolist() == [True, False, True]
+    torch.testing.assert_close(corpus.target_hidden, session.target.hidden(rows.prompt))
+
+
+def test_layers_inserted_in_a_resumed_draft_change_nothing_at_first(tiny_target: Path, tmp_path: Path) -> None:
+    session = train_draft.open_session(tiny_target, "cpu")
+    weights, config = train_draft.initial_draft(session, [0, 5])
+    own = {name: weight for name, weight in weights.items() if name != llama.EMBEDDING}
+    draft_layers.write_layers(tmp_path, own, config, 8, 16)
+    tokens = torch.randint(3, 259, (2, 20), generator=torch.Generator().manual_seed(0))
+    before, grown = (
+        train_draft.resumed_draft(session, tmp_path, []),
+        train_draft.resumed_draft(session, tmp_path, [2, 3]),
+    )
+    assert grown[1]["num_hidden_layers"] == 4
+    assert torch.equal(
+        grown[0]["model.layers.1.mlp.up_proj.weight"], session.target.weights["model.layers.2.mlp.up_proj.weight"]
+    )
+    hidden = [llama.hidden_states(weights, tokens, llama.shape_of(config)) for weights, config in (before, grown)]
+    torch.testing.assert_close(hidden[0], hidden[1])
+    options = train_draft.parse_arguments(["--resume", str(tmp_path), "--grow", "2,3", "--init", "0,5"])
+    with pytest.raises(ConfigError, match="has 4 layers, --init names 2"):
+        train_draft.starting_draft(session, options)
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
