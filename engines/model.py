@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from smc_build.model_config import ModelConfig
 from smc_engines.regions import RegionRunner, TorchRegions
@@ -55,21 +54,21 @@ class PagedModel:
     def _run(self, region: str, layer: int | None = None, **activations: Tensor) -> dict[str, Tensor]:
         return self.regions.run(region, layer, activations)
 
-    def forward(self, tokens: Tensor, start: Tensor, block_table: Tensor, max_context: int) -> Tensor:
+    def forward(self, tokens: Tensor, start: Tensor, block_table: Tensor, max_context: int, offset: int = 0) -> Tensor:
         """Run B sequences of Q tokens.
 
         Args:
             tokens: [B, Q] int64.
-            start: [B] int64, position of each sequence's first token.
-            block_table: [B, C] int32, pages that cover positions 0 to start + Q - 1.
-            max_context: an upper bound on start + Q that the host knows.
+            start, offset: [B] int64 plus a number, position of each sequence's first token.
+            block_table: [B, C] int32, pages that cover positions 0 to start + offset + Q - 1.
+            max_context: an upper bound on start + offset + Q that the host knows.
         Returns:
             [B, Q, hidden] after the final norm.
         """
         context = self.kernels.attention.make_context(
-            start, tokens.shape[1], block_table, self.page_size, self._inv_freq, max_context
+            start, tokens.shape[1], block_table, self.page_size, self._inv_freq, max_context, offset
         )
-        residual = functional.embedding(tokens.reshape(-1), self._embedding)
+        residual = self.kernels.embedding.embed(tokens.reshape(-1), self._embedding)
         qkv = self._run("entry", x=residual)["qkv"]
         last = self.config.num_layers - 1
         for layer in range(last):

@@ -12,6 +12,7 @@ draws the bonus from its last row; the new frontier is the bonus at position 12.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -273,7 +274,13 @@ def _shape(
 
 def _name(opened: Opened, purpose: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Name of one draw a particle: seed, step, lane, purpose, [R] each (see random)."""
-    return opened.seed, opened.step, opened.lane, torch.full_like(opened.seed, purpose)
+    return opened.seed, opened.step, opened.lane, _constant(purpose, opened.seed.shape[0], opened.seed.device)
+
+
+@cache
+def _constant(value: int, rows: int, device: torch.device) -> Tensor:
+    """[rows] int64 of one value, made once: a round that is replayed should not write it anew."""
+    return torch.full((rows,), value, device=device)
 
 
 def _propose(context: RoundContext, state: GroupState, slots: Tensor, opened: Opened) -> Draft:
@@ -283,21 +290,21 @@ def _propose(context: RoundContext, state: GroupState, slots: Tensor, opened: Op
     if k == 0 or draft is None:
         empty = torch.zeros((groups, particles, 0), dtype=torch.float32, device=slots.device)
         return Draft(empty.long(), empty, empty, None)
-    inputs, start = opened.inputs, opened.position - 1
+    inputs, offset = opened.inputs, -1
     if context.kind.draft_schedule == "legacy":
-        inputs, start = opened.inputs[:, 1:], opened.position
+        inputs, offset = opened.inputs[:, 1:], 0
     drawn, kept = [], []
     for step in range(k):
-        hidden = draft.forward(inputs, start, table, context.max_context)
+        hidden = draft.forward(inputs, opened.position, table, context.max_context, offset)
         logits, heat = draft.logits(hidden[:, -1]), opened.draft_temperature
         logits, heat = _shape(context, state, slots, logits, heat, opened.generated + step)
         name = _name(opened, random.PURPOSE_DRAFT + random.PURPOSE_STRIDE * step)
         drawn.append(sampling.sample(logits, heat, *name))
         if context.kind.speculative:
             kept.append(logits if heat is None else sampling.scale(logits, heat))
-        inputs, start = drawn[-1].tokens[:, None], opened.position + (1 + step)
+        inputs, offset = drawn[-1].tokens[:, None], 1 + step
     if context.kind.draft_schedule == "legacy":
-        draft.forward(inputs, start, table, context.max_context)
+        draft.forward(inputs, opened.position, table, context.max_context, offset)
     shape = (groups, particles, k)
     return Draft(
         torch.stack([each.tokens for each in drawn], dim=-1).view(shape),

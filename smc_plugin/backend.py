@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 KernelChoice = Literal["auto", "reference", "triton"]
-_MODULES = ("attention", "groups", "pages", "resample", "sampling", "weights")
+_MODULES = ("attention", "embedding", "groups", "pages", "resample", "sampling", "weights")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Kernels:
 
     name: str
     attention: ModuleType
+    embedding: ModuleType
     groups: ModuleType
     pages: ModuleType
     resample: ModuleType

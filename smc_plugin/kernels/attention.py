@@ -37,6 +37,7 @@ from smc_plugin.kernels.launch import (
 
 _FUSED_ROWS = 64  # query rows a program holds; a (sequence, KV head) with more takes the two-launch path
 _LONG_CHUNK = 512  # tokens of the context that one program takes before others help
+_TILE_BYTES = 8192  # of a tile's keys
 _HEADS_PER_PROGRAM = 8
 
 
@@ -63,7 +64,7 @@ class AttentionContext:
     max_context: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset"])
 def _context_kernel(
     start,
     block_table,
@@ -72,6 +73,8 @@ def _context_kernel(
     cos,
     sin,
     slots,
+    first,
+    offset,
     num_queries,
     half,
     PAGE_SIZE: tl.constexpr,
@@ -82,9 +85,11 @@ def _context_kernel(
     let_next_start(PDL)
     row = tl.program_id(0)
     sequence = row // num_queries
-    position = tl.load(start + sequence) + row % num_queries
+    first_position = tl.load(start + sequence) + offset
+    position = first_position + row % num_queries
     page = tl.load(block_table + sequence * table_stride + position // PAGE_SIZE).to(tl.int64)
     tl.store(slots + row, page * PAGE_SIZE + position % PAGE_SIZE)
+    tl.store(first + sequence, first_position)
     pair = tl.arange(0, HALF)
     valid = pair < half
     angle = position.to(tl.float32) * tl.load(inv_freq + pair, mask=valid, other=0.0)
@@ -93,12 +98,18 @@ def _context_kernel(
 
 
 def make_context(
-    start: Tensor, num_queries: int, block_table: Tensor, page_size: int, inv_freq: Tensor, max_context: int
+    start: Tensor,
+    num_queries: int,
+    block_table: Tensor,
+    page_size: int,
+    inv_freq: Tensor,
+    max_context: int,
+    offset: int = 0,
 ) -> AttentionContext:
     """Prepare a forward pass, in one launch; see the reference.
 
     Args:
-        start: [B] int64, position of each sequence's first query.
+        start, offset: [B] int64 plus a number, position of each sequence's first query.
         block_table: [B, C] int32.
         inv_freq: [head_dim / 2] float32, radians per position.
         max_context: no sequence is longer than this after the pass.
@@ -108,15 +119,16 @@ def make_context(
     slots = torch.empty(rows, dtype=torch.int64, device=start.device)
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     start = start.contiguous()
+    first = torch.empty_like(start)
     launch(
         _context_kernel,
         (rows,),
-        *(start, block_table, block_table.stride(0), inv_freq, cos, sin, slots, num_queries, half),
+        *(start, block_table, block_table.stride(0), inv_freq, cos, sin, slots, first, offset, num_queries, half),
         PAGE_SIZE=page_size,
         HALF=next_power_of_2(half),
         num_warps=1,
     )
-    return AttentionContext(cos, sin, slots, start, block_table, num_queries, page_size, max_context)
+    return AttentionContext(cos, sin, slots, first, block_table, num_queries, page_size, max_context)
 
 
 @triton.jit
@@ -351,6 +363,19 @@ def _attention_kernel(  # noqa: PLR0912, PLR0915 - one idea: a program's queries
         row_cos = tl.load(cos + turn, mask=is_row[:, None], other=0.0)
         row_sin = tl.load(sin + turn, mask=is_row[:, None], other=0.0)
         first, second = _normed_and_rotated(query_base, is_row, row_cos, row_sin, q_norm, eps, NORM, HALF)
+        # The last part's program also takes the new keys and values; asked for here, all arrive together.
+        is_last = split == num_parts - 1
+        new = tl.arange(0, NEW)
+        is_new = (new < num_queries) & is_last
+        new_line = (sequence * num_queries + new).to(tl.int64)
+        new_turn = new_line[:, None] * HALF + pair[None, :]
+        new_cos = tl.load(cos + new_turn, mask=is_new[:, None], other=0.0)
+        new_sin = tl.load(sin + new_turn, mask=is_new[:, None], other=0.0)
+        key_base = query + new_line * row_stride + (num_heads + kv_head) * HEAD_DIM
+        new_first, new_second = _normed_and_rotated(key_base, is_new, new_cos, new_sin, k_norm, eps, NORM, HALF)
+        value_base = key_base + kv_heads * HEAD_DIM
+        new_values = tl.load(value_base[:, None] + column[None, :], mask=is_new[:, None], other=0.0)
+        slot = tl.load(slots + new_line, mask=is_new, other=0)
         q = tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), [ROWS, HEAD_DIM])
     else:
         q = tl.load(query_base[:, None] + column[None, :], mask=is_row[:, None], other=0.0)
@@ -370,19 +395,8 @@ def _attention_kernel(  # noqa: PLR0912, PLR0915 - one idea: a program's queries
         keys, values = next_keys, next_values
 
     if FUSED:  # noqa: SIM102 - the outer condition is decided at compile time
-        if split == num_parts - 1:
-            new = tl.arange(0, NEW)
-            is_new = new < num_queries
-            new_line = (sequence * num_queries + new).to(tl.int64)
-            new_turn = new_line[:, None] * HALF + tl.arange(0, HALF)[None, :]
-            new_cos = tl.load(cos + new_turn, mask=is_new[:, None], other=0.0)
-            new_sin = tl.load(sin + new_turn, mask=is_new[:, None], other=0.0)
-            key_base = query + new_line * row_stride + (num_heads + kv_head) * HEAD_DIM
-            new_first, new_second = _normed_and_rotated(key_base, is_new, new_cos, new_sin, k_norm, eps, NORM, HALF)
+        if is_last:
             new_keys = tl.reshape(tl.permute(tl.join(new_first, new_second), (0, 2, 1)), [NEW, HEAD_DIM])
-            value_base = key_base + kv_heads * HEAD_DIM
-            new_values = tl.load(value_base[:, None] + column[None, :], mask=is_new[:, None], other=0.0)
-            slot = tl.load(slots + new_line, mask=is_new, other=0)
             new_place = cache + ((slot * kv_heads + kv_head) * HEAD_DIM)[:, None] + column[None, :]
             tl.store(new_place, new_keys, mask=is_new[:, None])
             tl.store(new_place + half_cache, new_values, mask=is_new[:, None])
@@ -447,7 +461,7 @@ def _launch_attention(
     batch, device = context.start.shape[0], query.device
     rows = max(16, min(_FUSED_ROWS, next_power_of_2(queries * group)))
     # float32 products take no tensor cores: larger tiles would not fit the registers.
-    tokens = 32 if query.element_size() == 4 else 8192 // max(head_dim, 64)
+    tokens = 32 if query.element_size() == 4 else _TILE_BYTES // (2 * max(head_dim, 64))
     blocks = kv_heads * cdiv(queries * group, rows)
     splits, min_chunk = _split(batch * blocks, context.max_context, tokens, device)
     out = torch.empty((query.shape[0], num_heads * head_dim), dtype=query.dtype, device=device)

@@ -174,6 +174,8 @@ def _combine_kernel(
         power = tl.load(alpha + row).to(tl.float32)
         zeta = _combine_lse(part + 2, valid) - power * lse
         tl.store(zeta_out + row, tl.where(power == 1.0, 0.0, zeta))
+    else:
+        tl.store(zeta_out + row, 0.0)
 
 
 def _splits(rows: int, vocab_size: int, device: torch.device) -> tuple[int, int]:
@@ -201,7 +203,7 @@ def _run(
     best = torch.empty((count, num_splits), dtype=torch.int32, device=device)
     chosen = tokens if tokens is not None else torch.empty(count, dtype=torch.int64, device=device)
     log_p, lse = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(2))
-    zeta = torch.empty_like(lse) if alpha is not None else torch.zeros_like(lse)
+    zeta = torch.empty_like(lse)
     # Pointers that a variant does not read still need some tensor.
     seed, step, lane, purpose = (name.contiguous() for name in names) if names else (chosen,) * 4
     flags = {

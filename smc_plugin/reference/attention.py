@@ -34,16 +34,23 @@ class AttentionContext:
 
 
 def make_context(
-    start: Tensor, num_queries: int, block_table: Tensor, page_size: int, inv_freq: Tensor, max_context: int
+    start: Tensor,
+    num_queries: int,
+    block_table: Tensor,
+    page_size: int,
+    inv_freq: Tensor,
+    max_context: int,
+    offset: int = 0,
 ) -> AttentionContext:
     """Prepare a forward pass.
 
     Args:
-        start: [B] int64, position of each sequence's first query.
+        start, offset: [B] int64 plus a number, position of each sequence's first query.
         block_table: [B, C] int32.
         inv_freq: [head_dim / 2] float32, radians per position.
         max_context: no sequence is longer than this after the pass; bounds how much is gathered.
     """
+    start = start + offset
     positions = start[:, None] + torch.arange(num_queries, device=start.device)
     angles = positions.reshape(-1, 1).to(torch.float32) * inv_freq
     column = positions // page_size
