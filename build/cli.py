@@ -24,6 +24,9 @@ from smc_build.plan_text import describe, preset_list
 from smc_build.tensorrt_api import COMPILERS
 from smc_plugin.errors import ConfigError, SmcError
 
+# Below this, smc-run's default answer length and a prompt may not fit together.
+_ROOMY = 512
+
 
 class Terminal:
     """Progress on a terminal: the plan on standard output, bars on standard error."""
@@ -88,8 +91,10 @@ def _build(arguments: dict[str, object]) -> None:
     started = time.perf_counter()
     path = build_engine(BuildOptions(**arguments), Terminal())  # type: ignore[arg-type]
     seconds = time.perf_counter() - started
-    has_tokenizer = tokenizer_path(path) is not None
-    prompt = '"Why is the sky blue?"' if has_tokenizer else "--prompt-ids 1,2,3"
+    prompt = '"Why is the sky blue?"' if tokenizer_path(path) is not None else "--prompt-ids 1,2,3"
+    longest = load_manifest(path, verify=False).max_seq_len
+    if longest < _ROOMY:
+        prompt += f" --max-tokens {longest // 2}"
     print(f"Built {path} in {seconds:.1f} s. Next:\n\n    smc-run --engine {path} {prompt}")
 
 

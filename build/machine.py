@@ -33,10 +33,12 @@ def device_memory() -> tuple[str, int]:
 
 def free_disk_bytes(path: Path) -> int:
     """Free bytes of the file system that will hold `path`, which need not exist yet."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+    return shutil.disk_usage(_existing(path)).free
+
+
+def same_disk(one: Path, other: Path) -> bool:
+    """Whether one file system will hold both paths, which need not exist yet."""
+    return _existing(one).stat().st_dev == _existing(other).stat().st_dev
 
 
 def format_bytes(count: int) -> str:
@@ -45,6 +47,13 @@ def format_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:.0f} {unit}"
     return f"{count} bytes"
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
 
 
 def _system_free_bytes() -> int:

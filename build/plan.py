@@ -12,8 +12,8 @@ from pathlib import Path
 from smc_build.checkpoint import largest_tensor_bytes
 from smc_build.dtypes import dtype_name
 from smc_build.engine_dir import Role
-from smc_build.machine import device_memory, format_bytes, free_disk_bytes, free_memory_bytes
-from smc_build.presets import ModelSource, resolve
+from smc_build.machine import device_memory, format_bytes, free_disk_bytes, free_memory_bytes, same_disk
+from smc_build.presets import CHECKPOINTS_FOLDER, ModelSource, resolve
 from smc_build.tensorrt_api import load
 from smc_plugin.errors import CheckpointError, ConfigError, SmcError
 
@@ -161,10 +161,14 @@ def check_buildable(plan: BuildPlan) -> None:
             "close other programs or build on a larger machine"
         )
     # Tokenizers and the manifest are megabytes; the weights decide.
-    needed, free = plan.weight_bytes + (64 << 20), free_disk_bytes(plan.output)
+    needed, free, what = plan.weight_bytes + (64 << 20), free_disk_bytes(plan.output), str(plan.output)
+    fetched = sum(model.config.weight_bytes("bfloat16") for model in plan.models if model.folder is None)
+    # Otherwise hours of download would end with a full disk.
+    if fetched and not plan.options.random_weights and same_disk(plan.output, CHECKPOINTS_FOLDER):
+        needed, what = needed + fetched, f"{plan.output}, with what it is fetched from,"
     if needed > free:
         raise SmcError(
-            f"{plan.output} needs {format_bytes(needed)} of disk, {format_bytes(free)} are free: free some, or choose "
+            f"{what} needs {format_bytes(needed)} of disk, {format_bytes(free)} are free: free some, or choose "
             "another disk with --output"
         )
 

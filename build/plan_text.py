@@ -24,9 +24,9 @@ def describe(plan: BuildPlan) -> str:
         f"  {'weights':<13}{format_bytes(plan.weight_bytes)} as {plan.dtype}"
         + (" (random)" if options.random_weights else ""),
         f"  {'compiler':<13}{_describe_compiler(plan)}",
-        f"  {'KV pages':<13}{plan.num_pages} of {options.page_size} tokens ({format_bytes(plan.page_bytes)}) fit into "
+        f"  {'KV pages':<13}{plan.num_pages:,} of {options.page_size} tokens ({format_bytes(plan.page_bytes)} each) fit into "
         f"{format_bytes(plan.memory_bytes)} of free {plan.memory_name}; a request takes at most "
-        f"{plan.pages_per_request}",
+        f"{plan.pages_per_request:,}",
     ]
     if options.tp > 1:
         lines.append(

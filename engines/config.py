@@ -6,12 +6,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
+from smc_build import machine
 from smc_engines.region_choice import RegionChoice
 from smc_plugin.backend import KernelChoice
 from smc_plugin.errors import ConfigError
@@ -89,4 +89,4 @@ def free_memory_bytes(device: torch.device) -> int:
     """Memory that could be allocated now on the device, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return machine.free_memory_bytes()

@@ -19,7 +19,7 @@ from smc_engines.model import PagedModel
 from smc_engines.plan_runner import Scratch
 from smc_engines.region_choice import choose_regions
 from smc_engines.rounds import RoundKind
-from smc_engines.sampling_params import MAX_EOS_IDS, SamplingParams
+from smc_engines.sampling_params import COLDEST, MAX_EOS_IDS, SamplingParams
 from smc_engines.text import Tokenizer
 from smc_plugin.backend import kernels_for
 from smc_plugin.errors import EngineDirError, RequestError
@@ -168,7 +168,7 @@ class Engine:
         one = worst_case_pages(1, limits.max_seq_len, 1, 0, self.page_size)
         if fits < one:
             raise EngineDirError(
-                f"engine {self.manifest.name}: {free / 2**30:.1f} GiB are free beside the weights, "
+                f"engine {self.manifest.name}: {max(free, 0) / 2**30:.1f} GiB are free beside the weights, "
                 f"expected room for {one} KV pages of "
                 f"{page_bytes / 2**20:.2f} MiB in {self.config.kv_memory_fraction:.0%} of it: free memory, or rebuild "
                 "with a smaller --max-seq-len"
@@ -186,7 +186,7 @@ class Engine:
         k = params.num_draft_tokens if params.num_draft_tokens is not None else limits.max_draft_tokens
         n, k = (n if params.mode == "smc" else 1), (0 if params.mode == "target" else k)
         self._check(prompt, params, n, k)
-        greedy = params.temperature == 0
+        greedy = params.temperature < COLDEST
         temperature = 1.0 if greedy else params.temperature
         top_k = 1 if greedy else params.top_k
         kind = RoundKind(
@@ -206,7 +206,7 @@ class Engine:
             seed - 2**64 if seed >= 2**63 else seed,
             tuple(dict.fromkeys(eos + params.stop_token_ids)),
             temperature,
-            temperature if greedy or params.draft_temperature is None else params.draft_temperature,
+            temperature if greedy or params.draft_temperature is None else max(params.draft_temperature, COLDEST),
             top_k,
         )
 

@@ -157,7 +157,15 @@ class Executor:
             params: one for all, or one each.
         Returns:
             the last output of each, in order.
+        Raises:
+            RequestError: a prompt or its parameters are invalid (nothing of this call is left behind), or requests that
+                `submit` queued are still live: their outputs would be lost.
         """
+        if self.has_work:
+            raise RequestError(
+                f"generate was called while {len(self.scheduler.requests)} submitted requests are live, expected none: step "
+                "them to their end first"
+            )
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise RequestError(
@@ -166,10 +174,14 @@ class Executor:
         prefix = f"generate-{next(self._arrivals)}-"
         pending = [(f"{prefix}{index}", *pair) for index, pair in enumerate(zip(prompts, each, strict=True))][::-1]
         last: dict[str, RequestOutput] = {}
-        while pending or self.has_work:
-            while pending and self.scheduler.num_waiting < self.engine.config.max_queue:
-                self.submit(*pending.pop())
-            last |= {output.request_id: output for output in self.step() if output.finished}
+        try:
+            while pending or self.has_work:
+                while pending and self.scheduler.num_waiting < self.engine.config.max_queue:
+                    self.submit(*pending.pop())
+                last |= {output.request_id: output for output in self.step() if output.finished}
+        except BaseException:
+            self._drop_all()
+            raise
         return [last[f"{prefix}{index}"] for index in range(len(prompts))]
 
     def check_integrity(self) -> None:
@@ -179,6 +191,11 @@ class Executor:
             AssertionError: something leaked.
         """
         self.pool.check_integrity(self.slots.state)
+
+    def _drop_all(self) -> None:
+        self._cancelled += self.scheduler.requests
+        with torch.inference_mode():
+            self._retire_cancelled()
 
     def _retire_cancelled(self) -> list[RequestOutput]:
         live = [

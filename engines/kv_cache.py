@@ -129,7 +129,8 @@ class PagePool:
         """Recount every reference from the block tables and the cache.
 
         Raises:
-            AssertionError: a count is off, or more is held than was promised.
+            AssertionError: a count is off, more is held than was promised, or two particles share a page that one of them
+                will write.
         """
         held = torch.arange(state.block_table.shape[-1], device=self.ref_count.device) < state.num_blocks[:, None, None]
         listed = state.block_table[held.expand_as(state.block_table)].long()
@@ -142,6 +143,14 @@ class PagePool:
         if wrong:
             counts = [(page, int(expected[page]), int(self.ref_count[page])) for page in wrong[:5]]
             raise AssertionError(f"{len(wrong)} page counts are off; (page, expected, got): {counts}")
+        # The next round writes from position - 1 on (see smc_plugin.reference.pages).
+        first_own = (state.position - 1).clamp(min=0) // self.page_size
+        column = torch.arange(state.block_table.shape[-1], device=self.ref_count.device)
+        own = held & (column >= first_own[:, None, None]) & state.active[:, None, None]
+        own_pages = state.block_table[own.expand_as(state.block_table)].long()
+        shared = own_pages[(self.ref_count[own_pages] > 1) & (own_pages != pages.TRASH_PAGE)].tolist()
+        if shared:
+            raise AssertionError(f"{len(shared)} table entries name a shared page that will be written: {shared[:5]}")
         if self.used_pages() > self.promised_pages + self.cached_pages:
             raise AssertionError(
                 f"{self.used_pages()} pages are held, {self.promised_pages} promised and {self.cached_pages} cached"

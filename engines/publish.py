@@ -68,7 +68,8 @@ class Publisher:
     def progress(self, request: Request, token_ids: tuple[int, ...]) -> RequestOutput:
         """Hand out settled tokens of a running request."""
         self._append(request, token_ids)
-        new_text = request.text.push(token_ids)
+        # All live particles may have ended alike while a dead one goes on: then a stop token settles before the end.
+        new_text = request.text.push(self._without_stop_token(request, token_ids, "stop"))
         return RequestOutput(request.request_id, token_ids, new_text, tuple(request.token_ids), request.text.shown)
 
     def answer(self, request: Request) -> RequestOutput:

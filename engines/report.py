@@ -77,6 +77,10 @@ def summary_lines(output: RequestOutput, params: SamplingParams) -> list[str]:
         f"finished by {output.finish_reason}"
     ]
     rounds = [f"{info.rounds} rounds", f"{tokens_per_round(info):.1f} tokens a round"]
+    # A short answer can win after many rounds: a request ends with its last particle.
+    longest = min(info.trace[-1].context_len - info.prompt_tokens, params.max_tokens) if info.trace else 0
+    if longest > 2 * info.output_tokens:
+        rounds.append(f"other particles went on to {longest} tokens")
     if params.mode == "smc":
         rounds += [
             f"{info.resamples} resamples",

@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"smc-run: {error}: check the path, the disk and the permissions", file=sys.stderr)
         return 1
+    except UnicodeDecodeError as error:
+        print(f"smc-run: the input is not UTF-8, expected text, got {error}: save it as UTF-8", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nsmc-run: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -72,7 +72,7 @@ _SAMPLING: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--alpha",), "power_alpha", {"type": float, "help": "target the power p^alpha"}),
     (("--seed",), "seed", {"type": int, "help": "of the request's random streams"}),
     (("--max-tokens",), "max_tokens", {"type": int, "help": "tokens to generate at most"}),
-    (("--min-tokens",), "min_tokens", {"type": int, "help": "tokens before which nothing ends the answer"}),
+    (("--min-tokens",), "min_tokens", {"type": int, "help": "tokens before which no stop token is drawn"}),
     (("--stop",), "stop", {"action": "append", "metavar": "TEXT", "help": "end before this text; may be repeated"}),
     (
         ("--stop-token-id",),

@@ -44,8 +44,10 @@ class PromptBuilder:
         """Tokenize a prompt, as the user's message where the chat template applies.
 
         Raises:
-            RequestError: no tokenizer, or a chat template was asked for and there is none.
+            RequestError: the prompt is empty, no tokenizer, or a chat template was asked for and there is none.
         """
+        if not prompt:
+            raise RequestError("the prompt is empty, expected some text: pass some")
         if self.uses_template:
             return self.from_messages([{"role": "user", "content": prompt}])
         return self._need_tokenizer().encode(prompt)

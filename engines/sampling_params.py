@@ -24,6 +24,8 @@ Select = Literal["sample", "argmax"]
 MAX_STOP_TOKEN_IDS = 16
 MAX_EOS_IDS = 16  # end tokens that a checkpoint may name
 MAX_STOP_STRINGS = 16
+# A lower temperature is carried out as 0 (the draft's as this one): logits over it would leave float32's range.
+COLDEST = 1e-4
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class SamplingParams:
         num_particles: N >= 1; ignored outside `smc`.
         num_draft_tokens: K >= 0 draft tokens a round; ignored in `target`.
         ess_threshold: θ in [0, 1], the fraction of N below which a round resamples. 0 never resamples.
-        temperature: Tt >= 0 of the target; 0 is greedy.
+        temperature: Tt >= 0 of the target; below 1e-4 is greedy.
         draft_temperature: Td > 0 of the draft; None is Tt.
         power_alpha: α > 0; the sequence target is p^α.
         top_k: keep the k most likely tokens; 0 keeps all.
@@ -43,7 +45,7 @@ class SamplingParams:
         min_p: drop tokens less likely than min_p times the most likely one, in [0, 1).
         seed: of the request's own random streams; None draws one from the operating system.
         max_tokens: generated tokens at most, >= 1.
-        min_tokens: tokens before which no stop token can be drawn, >= 0.
+        min_tokens: tokens before which no stop token can be drawn, >= 0; a stop string may still end the answer.
         stop: strings that end the answer; they are not part of it and may straddle tokens and rounds.
         stop_token_ids: token ids that end the answer, beside the model's own end tokens.
         ignore_eos: the model's own end tokens do not end the answer.
@@ -93,7 +95,11 @@ class SamplingParams:
         self._check_stops()
 
     def _check_stops(self) -> None:
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)):
+                raise RequestError(f"{name} must be a list, got {value!r}: pass a list")
+        if not all(isinstance(text, str) and text for text in self.stop):
             raise RequestError(f"stop must be a list of non-empty strings, got {self.stop!r}: drop the empty ones")
         if len(self.stop) > MAX_STOP_STRINGS:
             raise RequestError(f"at most {MAX_STOP_STRINGS} stop strings, got {len(self.stop)}: pass fewer")
@@ -164,10 +170,10 @@ def _check_integer(name: str, value: object, low: int, high: int) -> None:
 def _check_real(name: str, value: object, low: float, high: float, low_open: bool) -> None:
     if value is None and name in _OPTIONAL:
         return
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < math.inf:
         raise RequestError(f"{name} must be a finite number, got {value!r}: pass a number")
     if value < low or value > high or (low_open and value == low):
         bracket = "(" if low_open else "["
-        raise RequestError(
-            f"{name} must be in {bracket}{low:g}, {high:g}], got {value:g}: choose a value in that range"
-        )
+        # A whole number may be too large for a float, and thousands of digits long.
+        shown = f"{value:g}" if abs(value) < 1e300 else "one of more than 300 digits"
+        raise RequestError(f"{name} must be in {bracket}{low:g}, {high:g}], got {shown}: choose a value in that range")

@@ -87,8 +87,10 @@ class Tokenizer:
             add_special_tokens: add what the tokenizer itself adds, such as a begin token.
         Returns:
             token ids; empty for an empty text without special tokens.
+        Raises:
+            RequestError: the text holds half a character (a lone surrogate, as JSON can spell it).
         """
-        ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        ids = self._ids(text, add_special_tokens)
         begin = self._token_id("bos_token")
         wanted = self._config.get("add_bos_token")
         if add_special_tokens and begin is not None and isinstance(wanted, bool):
@@ -125,7 +127,7 @@ class Tokenizer:
         special = {name: text for name in names if (text := self._special_text(name)) is not None}
         prompt = chat_template.render(self.template, messages, special, add_generation_prompt=add_generation_prompt)
         # the template wrote the special tokens out
-        return prompt, self._backend.encode(prompt, add_special_tokens=False).ids
+        return prompt, self._ids(prompt, add_special_tokens=False)
 
     def token_bytes(self, vocab_size: int | None = None) -> list[bytes]:
         """Give the bytes each token id adds to the decoded text.
@@ -149,6 +151,16 @@ class Tokenizer:
     def vocabulary(self) -> Vocabulary:
         """The bytes of all tokens, read once (about 0.1 s)."""
         return read_vocabulary(self._backend)
+
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()  # the library's own error is a TypeError that names no cause
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the text is not valid Unicode, expected whole characters, got {text[error.start]!r} at place "
+                f"{error.start}: send UTF-8"
+            ) from None
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def _special_text(self, name: str) -> str | None:
         value = self._config.get(name)

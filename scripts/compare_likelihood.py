@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -25,7 +26,7 @@ from smc_engines.config import ExecutorConfig
 from smc_engines.executor import Executor
 from smc_engines.outputs import RequestOutput
 from smc_engines.sampling_params import SamplingParams
-from smc_plugin.errors import SmcError
+from smc_plugin.errors import ConfigError, SmcError
 
 PROMPTS = Path(__file__).parent / "distill" / "heldout.json"
 
@@ -46,7 +47,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def settings(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Modes and particle counts to compare, exact ones first."""
-    smc = [{"mode": "smc", "num_particles": int(n)} for n in args.particles.split(",")]
+    try:
+        smc = [{"mode": "smc", "num_particles": int(n)} for n in args.particles.split(",")]
+    except ValueError:
+        raise ConfigError(f"--particles expects numbers such as 1,4,8, got {args.particles!r}: correct it") from None
     return [{"mode": "target"}, {"mode": "speculative"}, *smc]
 
 
@@ -57,6 +61,7 @@ def row(name: dict[str, Any], outputs: list[RequestOutput], seconds: float) -> d
     tokens = sum(info.output_tokens for info in infos)
     spread = statistics.stdev(means) if len(means) > 1 else 0.0
     rounds = sum(info.rounds for info in infos)
+    fractions = [statistics.fmean(info.ess) / name.get("num_particles", 1) for info in infos if info.ess]
     return {
         "mode": name["mode"],
         "num_particles": name.get("num_particles", 1),
@@ -66,8 +71,7 @@ def row(name: dict[str, Any], outputs: list[RequestOutput], seconds: float) -> d
         "half_width_95": 1.96 * spread / len(means) ** 0.5,
         "tokens_per_round": (tokens - len(infos)) / max(rounds, 1),
         "resamples_per_round": sum(info.resamples for info in infos) / max(rounds, 1),
-        "mean_ess_fraction": statistics.fmean(statistics.fmean(info.ess) for info in infos if info.ess)
-        / name.get("num_particles", 1),
+        "mean_ess_fraction": statistics.fmean(fractions) if fractions else None,
         "recoveries": sum(info.recoveries for info in infos),
         "seconds": seconds,
     }
@@ -86,12 +90,14 @@ def main(argv: list[str] | None = None) -> int:
     for entry in rows:
         print(
             f"{entry['mode']:12} {entry['num_particles']:3d} {entry['mean_log_likelihood_per_token']:16.3f} "
-            f"{entry['half_width_95']:6.3f} {entry['tokens_per_round']:9.2f} {entry['mean_ess_fraction']:6.2f} "
+            f"{entry['half_width_95']:6.3f} {entry['tokens_per_round']:9.2f} {entry['mean_ess_fraction'] or math.nan:6.2f} "
             f"{entry['resamples_per_round']:9.2f}"
         )
     if args.json is not None:
         report = {"engine": executor.engine.manifest.name, "draft_tokens": args.draft_tokens, "rows": rows}
+        report["command"] = f"compare_likelihood.py --prompts {args.prompts} --groups {args.groups}"
         report |= {"temperature": args.temperature, "max_tokens": args.max_tokens, "torch": torch.__version__}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(f"wrote {args.json}")
     return 0

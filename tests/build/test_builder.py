@@ -189,6 +189,34 @@ def test_too_little_disk_is_refused(folder: Path, capsys: pytest.CaptureFixture[
     assert "TB of disk" in message
 
 
+def test_disk_for_the_download_counts_too(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build used to fetch 18.5 GB first and only then find no room for as much again."""
+    monkeypatch.setattr("smc_build.plan.free_disk_bytes", lambda path: 30 * 10**9)
+    monkeypatch.setattr("smc_build.presets.free_disk_bytes", lambda path: 30 * 10**9)
+    monkeypatch.setattr("smc_build.plan.free_memory_bytes", lambda: 10**12)
+    message = refused(capsys, "--checkpoint", "llama-8b")
+    assert "engines/llama-8b-tp1, with what it is fetched from, needs 37.1 GB of disk, 30 GB are free" in message
+    monkeypatch.setattr("smc_build.plan.same_disk", lambda one, other: False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", _no_network)
+    message = refused(capsys, "--checkpoint", "llama-8b")
+    assert "cannot fetch meta-llama/Llama-3.1-8B-Instruct from the Hub (ConnectionError)" in message
+    assert "checkpoints/Llama-3.1-8B-Instruct, or use --random-weights" in message
+
+
+def _no_network(*arguments: object, **options: object) -> None:
+    raise ConnectionError
+
+
+def test_the_next_command_leaves_room_for_a_prompt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """smc-run's 256 answer tokens did not fit an engine of 256, so the printed command failed."""
+    for length, ending in ((100, '"Why is the sky blue?" --max-tokens 50\n'), (512, '"Why is the sky blue?"\n')):
+        arguments = ["--checkpoint", "t", "--draft", "d", "--max-seq-len", str(length), "--name", f"e{length}"]
+        assert main(arguments) == 0
+        assert capsys.readouterr().out.endswith(ending)
+
+
 def test_too_little_memory_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit_config(folder / "t", hidden_size=2**20, intermediate_size=2**22)
     message = refused(capsys, "--checkpoint", "t", "--draft", "d", "--random-weights")

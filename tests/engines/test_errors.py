@@ -60,6 +60,10 @@ PARAMETERS = {
     "no particles": ({"num_particles": 0}, r"num_particles must be in \[1, 4096\], got 0"),
     "negative drafts": ({"num_draft_tokens": -1}, r"num_draft_tokens must be in \[0, 1024\], got -1"),
     "text for a number": ({"temperature": "hot"}, r"temperature must be a finite number, got 'hot': pass a number"),
+    "a number beyond floats": (
+        {"temperature": 10**400},
+        r"temperature must be in \[0, 100\], got one of more than 300",
+    ),
     "negative temperature": ({"temperature": -0.1}, r"temperature must be in \[0, 100\], got -0.1"),
     "infinite temperature": ({"temperature": float("inf")}, r"temperature must be a finite number, got inf"),
     "cold draft": ({"draft_temperature": 0.0}, r"draft_temperature must be in \(0, 100\], got 0"),
@@ -87,6 +91,33 @@ def test_a_wrong_parameter_is_named_with_its_range(case: str) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         SamplingParams.from_mapping(values)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["stop", "stop_token_ids"])
+@pytest.mark.parametrize("value", ["ab", 3, None])
+def test_stops_that_are_no_list_are_refused(name: str, value: object) -> None:
+    with pytest.raises(RequestError, match=f"{name} must be a list, got {value!r}: pass a list"):
+        SamplingParams(**{name: value})  # type: ignore[arg-type]
+
+
+def test_a_text_with_half_a_character_is_refused(letters: Toy) -> None:
+    r"""JSON may spell a lone surrogate ("\ud800"); the tokenizer's TypeError for it used to end the whole process."""
+    executor = letters.executor()
+    with pytest.raises(RequestError, match=r"not valid Unicode, expected whole characters, got '\\ud800' at place 1"):
+        executor.submit("a", "a\ud800", GOOD)
+    assert not executor.has_work
+
+
+@pytest.mark.parametrize("mode", ["smc", "target", "speculative"])
+def test_a_temperature_next_to_zero_is_zero(toy: Toy, mode) -> None:
+    """Logits over 1e-38 are infinite, which used to be reported as a damaged checkpoint."""
+    executor = toy.executor()
+    greedy = replace(GOOD, mode=mode, temperature=0.0, ignore_eos=True)
+    expected = executor.generate([(1, 2)], greedy)[0].token_ids
+    for changes in ({"temperature": 1e-38}, {"temperature": 9e-5}):
+        assert executor.generate([(1, 2)], replace(greedy, **changes))[0].token_ids == expected
+    cold_draft = replace(GOOD, mode=mode, temperature=1.0, draft_temperature=1e-38)
+    assert executor.generate([(1, 2)], cold_draft)[0].error is None
 
 
 def test_parameters_come_from_json_lists_and_single_values() -> None:

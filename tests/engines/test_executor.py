@@ -9,7 +9,7 @@ from smc_engines.executor import Executor
 from smc_engines.kv_cache import worst_case_pages
 from smc_engines.outputs import RequestOutput
 from smc_engines.sampling_params import SamplingParams
-from smc_plugin.errors import QueueFullError, RequestError
+from smc_plugin.errors import EngineDirError, QueueFullError, RequestError
 from tests.toy import Toy, assert_empty, info_of
 
 PARAMS = SamplingParams(temperature=1.0, max_tokens=6, num_particles=4, num_draft_tokens=3, ignore_eos=True, seed=3)
@@ -65,6 +65,76 @@ def test_generate_takes_more_prompts_than_the_queue_and_keeps_their_order(toy: T
     assert [info_of(output).prompt_tokens for output in outputs] == list(range(1, 9))
     with pytest.raises(RequestError, match="2 prompts came with 1 parameters"):
         executor.generate(prompts[:2], [PARAMS])
+
+
+def test_generate_leaves_nothing_behind_when_a_prompt_is_wrong(toy: Toy) -> None:
+    """The prompts before the wrong one used to stay queued and ran, unasked, with the next call."""
+    executor = toy.executor(max_groups=1, max_queue=2)
+    with pytest.raises(RequestError, match="prompt is empty"):
+        executor.generate([toy.prompt, toy.prompt, toy.prompt, ()], PARAMS)
+    assert not executor.has_work
+    assert_empty(executor)
+    assert executor.generate([toy.prompt], PARAMS)[0].finish_reason == "length"
+
+
+def test_generate_refuses_to_swallow_the_outputs_of_submitted_requests(toy: Toy) -> None:
+    executor = toy.executor()
+    executor.submit("mine", toy.prompt, PARAMS)
+    with pytest.raises(RequestError, match="while 1 submitted requests are live, expected none: step them"):
+        executor.generate([toy.prompt], PARAMS)
+    assert set(finished(drive(executor))) == {"mine"}
+
+
+def test_memory_that_the_system_caches_files_in_counts_as_free(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading used to count untouched memory only, and failed on a machine whose file cache had filled it."""
+    monkeypatch.setattr("os.sysconf", lambda name: 1)
+    assert toy.executor().engine.num_pages > 100
+
+
+def test_too_little_memory_for_one_request_is_refused_at_loading(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smc_build.machine.free_memory_bytes", lambda: 10_000)
+    with pytest.raises(EngineDirError, match=r"0\.0 GiB are free beside the weights, expected room for \d+ KV pages"):
+        toy.executor()
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_no_page_that_will_be_written_is_ever_shared(letters: Toy, k: int) -> None:
+    executor = letters.executor()
+    params = replace(PARAMS, num_particles=6, num_draft_tokens=k, ess_threshold=1.0, max_tokens=24)
+    for seed in range(6):
+        executor.submit(str(seed), letters.prompt, replace(params, seed=seed))
+    assert all(info_of(output).resamples > 2 for output in finished(drive(executor)).values())
+    assert_empty(executor)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_an_id_may_be_used_again_while_its_last_round_is_in_flight(toy: Toy, slots: int) -> None:
+    executor = toy.executor(overlap=True, max_groups=slots)
+    answers = []
+    for seed in range(4):
+        executor.submit("a", toy.prompt, replace(PARAMS, seed=seed))
+        while "a" in executor.scheduler.requests:
+            answers += [output.token_ids for output in executor.step() if output.finished]
+            executor.check_integrity()
+    each = [replace(PARAMS, seed=seed) for seed in range(4)]
+    assert answers == [output.token_ids for output in toy.executor().generate([toy.prompt] * 4, each)]
+    executor.step()
+    assert_empty(executor)
+
+
+def test_a_shared_page_that_will_be_written_is_an_integrity_error(toy: Toy) -> None:
+    executor = toy.executor()
+    executor.submit("a", LONG_PROMPT, replace(PARAMS, num_particles=2, max_tokens=7))
+    executor.step()
+    executor.check_integrity()
+    state, slot = executor.slots.state, 0
+    last = int(state.num_blocks[slot]) - 1
+    mine, theirs = (int(state.block_table[slot, particle, last]) for particle in (0, 1))
+    state.block_table[slot, 1, last] = mine
+    executor.pool.ref_count[mine] += 1
+    executor.pool.ref_count[theirs] -= 1
+    with pytest.raises(AssertionError, match="name a shared page that will be written"):
+        executor.check_integrity()
 
 
 @pytest.mark.parametrize("overlap", [False, True])

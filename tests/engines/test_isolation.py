@@ -142,19 +142,24 @@ def test_cancelling_a_third_leaks_no_page_and_changes_no_other_answer(
 BAD = 4  # the token whose embedding is NaN
 
 
-@pytest.fixture(scope="module", params=["target", "draft"])
-def poisoned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An engine directory in which one model gives NaN to whoever meets token 4."""
-    folder = tmp_path_factory.mktemp("poisoned")
+def bad_pair(folder: Path, bad: str | None) -> Path:
+    """An engine directory in which one model, or none, gives NaN to whoever meets token 4."""
     shape = {"vocab_size": 6, "hidden": 16, "heads": 2, "kv_heads": 1, "ffn": 24, "eos_id": 0, "tokenizer": False}
     models = {}
     for role, seed in (("target", 3), ("draft", 4)):
         models[role] = make_checkpoint(folder / role, **shape, seed=seed, scale=0.8)
-    file = models[request.param] / "model.safetensors"
-    tensors = load_file(file)
-    tensors["model.embed_tokens.weight"][BAD] = math.nan
-    save_file(tensors, file, {"format": "pt"})
+    if bad is not None:
+        file = models[bad] / "model.safetensors"
+        tensors = load_file(file)
+        tensors["model.embed_tokens.weight"][BAD] = math.nan
+        save_file(tensors, file, {"format": "pt"})
     return build(folder / "engine", models["target"], models["draft"], max_seq_len=64)
+
+
+@pytest.fixture(scope="module", params=["target", "draft"])
+def poisoned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine directory in which one model gives NaN to whoever meets token 4."""
+    return bad_pair(tmp_path_factory.mktemp("poisoned"), request.param)
 
 
 def test_nan_ends_the_request_that_meets_it_and_nobody_else_notices(poisoned: Path) -> None:
@@ -191,3 +196,34 @@ def test_nan_ends_the_request_that_meets_it_and_nobody_else_notices(poisoned: Pa
                 assert_same(together[name], output)
     models = [model for model in (executor.engine.target, executor.engine.draft) if model is not None]
     assert any(torch.isnan(model.cache).any() for model in models)
+
+
+def test_nan_counts_where_a_live_particle_reads_it_and_nowhere_else(tmp_path: Path) -> None:
+    """What finished and dead particles, and live ones past their end, go on to draft may be NaN without harm.
+
+    The draft is the model to test it with: it reads one token a pass. The target reads K + 1, and a NaN among them reaches
+    the rows before it too (0 * NaN in attention).
+    """
+    engines = [bad_pair(tmp_path / name, bad) for name, bad in (("sound", None), ("bad", "draft"))]
+    sound, bad = (Executor.from_engine_dir(folder, ExecutorConfig(device="cpu", max_groups=64)) for folder in engines)
+    params = replace(BASE, ess_threshold=0.0, num_particles=2, num_draft_tokens=3, max_tokens=6)
+
+    def reads_bad(tokens: tuple[int, ...]) -> bool:
+        # A bonus that ends the answer (every fourth token) leaves the last draft token unread, and itself.
+        read = tokens[:-2] if (len(tokens) - 1) % 4 == 0 else tokens[:-1]
+        return BAD in read
+
+    failed = survived = 0
+    for seed in range(150):
+        whole, cut = (executor.generate([(1, 2)], replace(params, seed=seed))[0] for executor in (sound, bad))
+        met = any(reads_bad(particle.token_ids) for particle in info_of(whole).particles)
+        assert cut.finish_reason == ("error" if met else whole.finish_reason), seed
+        if not met:
+            assert_same(whole, cut)
+        failed, survived = failed + met, survived + (not met)
+    assert min(failed, survived) > 20
+    filtered = replace(params, num_particles=4, num_draft_tokens=1, top_k=3, max_tokens=8, ignore_eos=True)
+    outputs = bad.generate([(3,)] * 100, [replace(filtered, seed=seed) for seed in range(100)])
+    ignored = [p for output in outputs for p in info_of(output).particles if BAD in p.token_ids[:-2]]
+    assert len(ignored) > 20
+    assert {particle.log_weight for particle in ignored} == {-math.inf}

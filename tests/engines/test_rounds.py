@@ -8,9 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from smc_engines import launch
+from smc_engines.rounds import run_round
 from smc_engines.sampling_params import SamplingParams
-from tests.toy import LETTERS, Toy, assert_empty, info_of, log_softmax, sample
+from tests.toy import LETTERS, Toy, assert_empty, build, info_of, log_softmax, sample
 
 PARAMS = SamplingParams(
     temperature=1.0, max_tokens=4, num_particles=8, num_draft_tokens=2, ess_threshold=0.0, logprobs=True
@@ -87,11 +91,17 @@ def test_ess_and_resampling_follow_the_weights(toy: Toy) -> None:
             assert first.resampled == (unfinished and first.ess < theta * 8)
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 5])
-def test_long_answers_read_their_own_past_after_many_resamplings(letters: Toy, k: int) -> None:
+@pytest.mark.parametrize(("k", "page_size"), [(1, 4), (2, 4), (3, 4), (5, 4), (2, 1), (3, 2), (4, 16)])
+def test_long_answers_read_their_own_past_after_many_resamplings(letters: Toy, folder, k: int, page_size: int) -> None:
     """Shared, copied and rewritten pages must hold what a fresh forward over the whole answer would compute."""
+    models = letters.engine_dir.parent
+    executor = letters.executor()
+    if page_size != executor.engine.page_size:
+        options = {"page_size": page_size, "max_seq_len": 64}
+        twin = build(folder / "engine", models / "target", models / "draft", **options)
+        executor = replace(letters, engine_dir=twin).executor()
     params = replace(PARAMS, max_tokens=30, num_draft_tokens=k, num_particles=6, ess_threshold=1.0, ignore_eos=True)
-    for output in sample(letters.executor(), letters.prompt, params, 4, seed=39):
+    for output in sample(executor, letters.prompt, params, 4, seed=39):
         info = info_of(output)
         assert info.resamples > 20 // (k + 1)
         start = max(entry.context_len for entry in info.trace if entry.resampled) - len(letters.prompt)
@@ -224,6 +234,24 @@ def test_settled_tokens_never_change_and_are_handed_out_once(letters: Toy) -> No
     assert_empty(executor)
 
 
+def test_a_stop_token_that_settles_early_is_no_part_of_the_text(letters: Toy) -> None:
+    """With all live particles ended alike and a dead one still going, the stop token's text used to be shown."""
+    executor = letters.executor(max_groups=16)
+    params = replace(PARAMS, num_particles=3, top_k=2, stop_token_ids=(1, 2), max_tokens=20, ignore_eos=True)
+    settled_early = 0
+    for seed in range(120):
+        executor.submit(str(seed), letters.prompt, replace(params, seed=seed))
+    while executor.has_work:
+        for output in executor.step():
+            ended = bool(output.token_ids) and output.token_ids[-1] in (1, 2)
+            settled_early += ended and not output.finished
+            if output.finished:
+                assert output.text == said(output.token_ids[:-1] if ended else output.token_ids).decode(
+                    errors="replace"
+                )
+    assert settled_early > 3
+
+
 def _check_settled(output) -> None:
     """What settled in any round is shared by every particle that was alive at the end."""
     info = info_of(output)
@@ -258,6 +286,8 @@ def test_stop_strings_end_each_particle_at_the_completing_token(letters: Toy, mo
                 ends.add((len(particle.token_ids) - 1) % 4)
             assert particle.text == text.decode(errors="replace")
         assert not any(stop in output.text for stop in stops)
+        # What was streamed never had to be taken back: the beginning of a stop string waits for what follows it.
+        assert output.text == info_of(output).particles[info_of(output).selected].text
     assert len(ends) >= 3  # in the middle of a round, by the bonus, across both
 
 
@@ -269,3 +299,44 @@ def test_stop_strings_weigh_like_any_other_end(letters: Toy) -> None:
             assert particle.log_weight == pytest.approx(letters.log_weight(particle.token_ids, params), abs=2e-4)
             stopped += particle.finish_reason == "stop" and len(particle.token_ids) == 2
     assert stopped > 5
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails on every operation whose result's value or shape the host would have to wait for."""
+
+    READS = frozenset(
+        ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2")
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in self.READS, f"{func} reads a value back"
+        return func(*args, **(kwargs or {}))
+
+
+READING = {
+    "smc": {},
+    "alone, no draft": {"num_particles": 1, "num_draft_tokens": 0},
+    "speculative": {"mode": "speculative", "min_p": 0.1},
+    "target, greedy": {"mode": "target", "temperature": 0.0},
+    "filters, stops, recoveries": {"top_k": 1, "top_p": 0.9, "min_tokens": 2, "stop": ("ab",), "power_alpha": 2.0},
+}
+
+
+@pytest.mark.parametrize("schedule", ["deferred", "legacy"])
+@pytest.mark.parametrize("case", READING)
+def test_a_round_reads_nothing_back_and_branches_on_no_value(
+    letters: Toy, monkeypatch: pytest.MonkeyPatch, case: str, schedule
+) -> None:
+    rounds = []
+
+    def watched(context, state, slots):
+        rounds.append(context.kind)
+        with NoHostReads():
+            return run_round(context, state, slots)
+
+    monkeypatch.setattr(launch, "run_round", watched)
+    params = replace(PARAMS, ess_threshold=0.9, max_tokens=9, ignore_eos=True, **READING[case])
+    sample(letters.executor(draft_schedule=schedule), letters.prompt, params, 4, seed=71)
+    assert rounds
+    with NoHostReads(), pytest.raises(AssertionError, match="reads a value back"):
+        torch.ones(2).sum().item()

@@ -16,7 +16,7 @@ from smc_build import cli as build_cli
 from smc_engines import run_cli
 from smc_engines.config import ExecutorConfig
 from smc_engines.executor import Executor
-from smc_engines.outputs import Particle, RequestInfo, RequestOutput
+from smc_engines.outputs import Particle, RequestInfo, RequestOutput, RoundInfo
 from smc_engines.report import summary_lines, to_json
 from smc_engines.run_batch import Batch
 from smc_engines.run_options import parse
@@ -160,17 +160,20 @@ def test_file_gives_a_line_a_request_in_order(engine_dir, executor, capsys, tmp_
         '{"prompt": "x", "messages": []}',
         '{"prompt_token_ids": [999999]}',
         '{"prompt_token_ids": [1], "mode": "target", "seed": 2}',
+        '{"prompt": "half a character: \\ud800"}',
+        '{"prompt": ""}',
     ]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(lines))
     code, out, err = run(engine_dir, capsys, *FLAGS, "--input", source, "--output", target)
     results = [json.loads(line) for line in target.read_text().splitlines()]
     assert (code, out) == (1, "")
-    assert [result["id"] for result in results] == ["first", 2, 4, "typo", 6, 7, 8]
-    assert [result["line"] for result in results] == [1, 2, 4, 5, 6, 7, 8]
-    assert ["error" in result for result in results] == [False, True, False, True, True, True, False]
+    assert [result["id"] for result in results] == ["first", 2, 4, "typo", 6, 7, 8, 9, 10]
+    assert [result["line"] for result in results] == [1, 2, 4, 5, 6, 7, 8, 9, 10]
+    errors = [False, True, False, True, True, True, False, True, True]
+    assert ["error" in result for result in results] == errors
     assert "did you mean 'temperature'" in results[3]["error"]
-    assert "3 of 7 requests finished, 4 failed, 0 cancelled" in err
+    assert "3 of 9 requests finished, 6 failed, 0 cancelled" in err
     expected = executor.generate([[104, 105]], SamplingParams(**{**PARAMS, "max_tokens": 12}))[0]
     assert results[0]["token_ids"] == list(expected.token_ids)
     assert len(results[2]["token_ids"]) == 1
@@ -185,7 +188,7 @@ def test_file_without_output_prints_and_exits_0(engine_dir, capsys, tmp_path):
 
 def test_file_longer_than_the_queue_is_finished(engine_dir):
     executor = Executor.from_engine_dir(engine_dir, ExecutorConfig(max_queue=1, max_groups=2))
-    lines = [json.dumps({"prompt": f"p{n}", "max_tokens": 1 + n % 5}) for n in range(9)]
+    lines = [json.dumps({"prompt": f"p{n}", "max_tokens": 1 + n % 5, "ignore_eos": True}) for n in range(9)]
     batch = Batch(executor, PromptBuilder(executor.engine.tokenizer), {"num_particles": 2, "num_draft_tokens": 2})
     results = list(batch.run(lines))
     assert [len(result["token_ids"]) for result in results] == [1 + n % 5 for n in range(9)]
@@ -228,6 +231,7 @@ def test_ctrl_c_prints_what_is_there_and_exits_130(engine_dir):
         (["--temperature", "-1", "x"], "temperature must be in"),
         (["--stop", "", "x"], "non-empty strings"),
         (["--no-chat", ""], "the prompt is empty"),
+        ([""], "the prompt is empty"),
         (["--max-tokens", "0", "x"], "max_tokens must be in"),
         (["--max-tokens", "4000", "x"], "together at most 2048 fit"),
         (["--prompt-ids", "1,2", "x"], "one source of prompts, got PROMPT and --prompt-ids"),
@@ -249,6 +253,13 @@ def test_user_errors_are_one_line_and_exit_1(engine_dir, capsys, monkeypatch, ar
     assert last.startswith("smc-run: ")
     assert message in last
     assert "Traceback" not in err
+
+
+def test_an_input_that_is_not_utf_8_is_refused(engine_dir, capsys, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
+    code, out, err = run(engine_dir, capsys, "--input", tmp_path / "in.jsonl")
+    assert (code, out) == (1, "")
+    assert err.startswith("smc-run: the input is not UTF-8, expected text, got 'utf-8' codec can't decode byte 0xe9")
 
 
 def test_missing_engine_and_unknown_option_exit_1(capsys, tmp_path):
@@ -307,6 +318,27 @@ def test_figures_of_a_finished_request():
     assert lines[0] == "33 tokens in 2.00 s, 16.5 tokens/s, first after 710 ms; finished by stop"
     assert lines[1].startswith("8 rounds, 4.0 tokens a round, 3 resamples, mean ESS/N nan, log_evidence -2.31, 0 reco")
     assert lines[2:] == ["particle 0: weight 1.000, stop, 'a'", "particle 1: weight 0.000, unfinished, 'b'"]
+    late = RoundInfo(1.0, False, (0, 1), 33, 3 + 154, False)
+    longer = dataclasses.replace(output, info=dataclasses.replace(info, trace=(late,)))
+    assert (
+        "4.0 tokens a round, other particles went on to 154 tokens, 3 resamples"
+        in summary_lines(longer, SamplingParams())[1]
+    )
     written = to_json(output)
     assert json.loads(json.dumps(written, allow_nan=False))["info"]["particles"][1]["log_weight"] is None
     assert "trace" not in written["info"]
+
+
+def test_waiting_threads_give_their_processor_up():
+    """smc-run on a busy machine was four times slower than it had to be: its idle threads kept the cores."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    code = "import sys, os, smc_engines; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+
+    def policy(**changed: str) -> str:
+        command = [sys.executable, "-c", code]
+        return subprocess.run(
+            command, env={**environment, **changed}, capture_output=True, text=True, check=True
+        ).stdout
+
+    assert policy() == "passive False\n"
+    assert policy(OMP_WAIT_POLICY="active") == "active False\n"
