@@ -170,34 +170,37 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
                 weight + columns * column_stride, inner_stride, column_stride, start, column_tile * COLUMNS, inner,
                 columns, INNER_MAJOR, COLUMNS, PREFETCH,
             )  # fmt: skip
-    wait_for_inputs(PDL)
-    let_next_start(PDL)
     row = row_tile * ROWS + tl.arange(0, ROWS)
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     is_row, is_column = row < num_rows, column < columns
-    source = column.to(tl.int64) * column_stride
+    k = start + tl.arange(0, INNER)
+    x_at = x + row.to(tl.int64)[:, None] * x_stride + k[None, :]
+    w_at = weight + k.to(tl.int64)[:, None] * inner_stride + (column.to(tl.int64) * column_stride)[None, :]
+    w_step = INNER * inner_stride
+    up_offset = columns * column_stride
     place = row.to(tl.int64)[:, None] * columns + column[None, :]
     inside = is_row[:, None] & is_column[None, :]
+    wait_for_inputs(PDL)
+    let_next_start(PDL)
     # Asked for here and used after the loop, so that the end of a program waits for as little as possible.
     parts = _load_squares(squares, 0, num_parts, row, is_row, num_rows, PARTS) if PRENORMED else 0.0
     added = tl.load(residual + place, mask=inside, other=0.0) if RESIDUAL else 0.0
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     up_acc = acc
     for at in range(start, stop, INNER):
-        k = at + tl.arange(0, INNER)
-        x_at = x + row.to(tl.int64)[:, None] * x_stride + k[None, :]
-        w_at = weight + k.to(tl.int64)[:, None] * inner_stride + source[None, :]
+        is_inner = at + tl.arange(0, INNER) < stop
         # Only what can be ragged is masked: a mask costs the loop more than the load.
         if EVEN_INNER:
             tile = tl.load(x_at, mask=is_row[:, None], other=0.0)
         else:
-            tile = tl.load(x_at, mask=is_row[:, None] & (k < stop)[None, :], other=0.0)
-        w = _load_weights(w_at, k < stop, is_column, EVEN_INNER, EVEN_COLUMNS)
+            tile = tl.load(x_at, mask=is_row[:, None] & is_inner[None, :], other=0.0)
+        w = _load_weights(w_at, is_inner, is_column, EVEN_INNER, EVEN_COLUMNS)
         acc = tl.dot(tile, w, acc, input_precision="ieee")
         if GATED:
-            up_at = w_at + columns * column_stride
-            up = _load_weights(up_at, k < stop, is_column, EVEN_INNER, EVEN_COLUMNS)
+            up = _load_weights(w_at + up_offset, is_inner, is_column, EVEN_INNER, EVEN_COLUMNS)
             up_acc = tl.dot(tile, up, up_acc, input_precision="ieee")
+        x_at += INNER
+        w_at += w_step
 
     writes = True
     if SPLIT:
@@ -287,8 +290,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _tile_bytes(columns: int, inner: int, rows: int, gated: bool, stages: int) -> int:
-    """Shared memory of a program's 16-bit tiles."""
-    return 2 * stages * inner * (columns * (2 if gated else 1) + rows)
+    """Shared memory of a program's 16-bit tiles: up to 32 rows the tile in use has left it for registers."""
+    return 2 * (stages if rows > 32 else stages - 1) * inner * (columns * (2 if gated else 1) + rows)
 
 
 # Tiles (columns, inner, stages) worth timing, the generally good ones first: for few rows and for many.
