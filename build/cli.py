@@ -2,6 +2,7 @@
 
     smc-build --checkpoint checkpoints/big --draft checkpoints/small      build engines/big-tp1/
     smc-build --checkpoint llama-8b --random-weights                      a preset's shapes, for speed work
+    smc-build --tune engines/big-tp1                                      on its GPU: find who computes what fastest
     smc-build --inspect engines/big-tp1                                   verify and describe an engine directory
 
 It prints the plan, shows progress on standard error and ends with time, path and the next command. Errors are one
@@ -11,13 +12,16 @@ line, exit 1.
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from smc_build.builder import build_engine
 from smc_build.dtypes import ENGINE_DTYPES
-from smc_build.engine_dir import Manifest, load_manifest, tokenizer_path
+from smc_build.engine_dir import Manifest, load_manifest, tokenizer_path, write_manifest
 from smc_build.machine import format_bytes
 from smc_build.plan import DEFAULT_MAX_SEQ_LEN, BuildOptions, BuildPlan, option_defaults
 from smc_build.plan_text import describe, preset_list
@@ -67,12 +71,14 @@ def main(argv: list[str] | None = None) -> int:
         the exit code: 0, 1 for an error that is printed, 130 when interrupted.
     """
     arguments = vars(_parser().parse_args(argv))
-    inspect = arguments.pop("inspect")
+    inspect, tune, may_tune = arguments.pop("inspect"), arguments.pop("tune"), not arguments.pop("no_tune")
     try:
         if inspect is not None:
             _inspect(inspect)
+        elif tune is not None:
+            _tune(tune)
         else:
-            _build(arguments)
+            _build(arguments, may_tune)
     except SmcError as error:
         print(f"smc-build: {error}", file=sys.stderr)
         return 1
@@ -85,17 +91,36 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _build(arguments: dict[str, object]) -> None:
+def _build(arguments: dict[str, object], may_tune: bool) -> None:
     if arguments["checkpoint"] is None:
         raise ConfigError("nothing to build, expected --checkpoint: name a folder or a preset (--help lists them)")
     started = time.perf_counter()
     path = build_engine(BuildOptions(**arguments), Terminal())  # type: ignore[arg-type]
+    if may_tune and torch.cuda.is_available():
+        _tune(path)
     seconds = time.perf_counter() - started
     prompt = '"Why is the sky blue?"' if tokenizer_path(path) is not None else "--prompt-ids 1,2,3"
     longest = load_manifest(path, verify=False).max_seq_len
     if longest < _ROOMY:
         prompt += f" --max-tokens {longest // 2}"
     print(f"Built {path} in {seconds:.1f} s. Next:\n\n    smc-run --engine {path} {prompt}")
+
+
+def _tune(path: Path) -> None:
+    """Time the engine's regions on this machine's GPU and record the fastest in its manifest."""
+    # Tuning runs the engine, so it belongs to the run time, which nothing else here needs.
+    from smc_engines.config import ExecutorConfig  # noqa: PLC0415
+    from smc_engines.engine import Engine  # noqa: PLC0415
+    from smc_engines.tuning import tune_engine  # noqa: PLC0415
+
+    if not torch.cuda.is_available():
+        raise ConfigError(f"--tune {path} needs a CUDA GPU, torch sees none here: run it on the GPU machine")
+    started, manifest = time.perf_counter(), load_manifest(path)
+    print(f"tuning {path} on {torch.cuda.get_device_name()}", flush=True)
+    engine = Engine.from_dir(path, ExecutorConfig(device="cuda", regions="torch", verify=False))
+    tactics = tune_engine(engine, say=lambda line: print(f"  {line}", flush=True))
+    write_manifest(path, replace(manifest, tactics=tactics))
+    print(f"tuned in {time.perf_counter() - started:.1f} s; smc-build --inspect {path} shows the result", flush=True)
 
 
 def _inspect(path: Path) -> None:
@@ -130,9 +155,23 @@ def _describe_manifest(path: Path, manifest: Manifest) -> str:
             f"  {len(plans)} plans of {manifest.plans['compiler']} {manifest.plans['version']} "
             f"(GPU: {manifest.plans['gpu']}), {format_bytes(sum(manifest.files[name].bytes for name in plans))}"
         )
+    lines += _tactics_table(manifest.tactics)
     lines.append(f"  versions {', '.join(f'{name} {version}' for name, version in manifest.versions.items())}")
     lines.append(f"  {len(manifest.files)} files, {format_bytes(total)}, all sizes and hashes right")
     return "\n".join(lines)
+
+
+def _tactics_table(tactics: dict[str, Any]) -> list[str]:
+    """Who computes each region at how many rows, and how long each candidate took."""
+    if not tactics:
+        return ["  not tuned: smc-build --tune times plans and fused kernels on the GPU machine"]
+    lines = [f"  fastest runner and microseconds of each on {tactics['gpu']}:"]
+    for role, model in tactics["models"].items():
+        for region, by_rows in model["regions"].items():
+            for rows, times in by_rows.items():
+                shown = ", ".join(f"{name} {us:.1f}" for name, us in times["us"].items())
+                lines.append(f"    {role:6} {region:5} {rows:>4} rows  {times['choice']:5}  ({shown})")
+    return lines
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -172,6 +211,13 @@ def _parser() -> argparse.ArgumentParser:
         "--random-weights", action="store_true", help="seeded random weights in the checkpoint's shapes"
     )
     parser.add_argument("--force", action="store_true", help="replace an existing engine directory")
+    parser.add_argument(
+        "--tune",
+        type=Path,
+        metavar="ENGINE_DIR",
+        help="time plans and fused kernels on this machine's GPU and record the fastest; a build on a GPU machine does so",
+    )
+    parser.add_argument("--no-tune", action="store_true", help="build without timing anything")
     parser.add_argument("--inspect", type=Path, metavar="ENGINE_DIR", help="verify and describe an engine directory")
     return parser
 

@@ -13,6 +13,7 @@ maps the file.
 
 import dataclasses
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -169,8 +170,10 @@ def load_manifest(path: Path | str, verify: bool = True) -> Manifest:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write manifest.json; the last file of a build, because its presence makes a folder an engine directory."""
-    (path / MANIFEST_FILE).write_text(json.dumps(manifest.to_dict(), indent=2) + "\n", encoding="utf-8")
+    """Write manifest.json, whole or not at all; the last file of a build, because its presence makes an engine directory."""
+    temporary = path / f".{MANIFEST_FILE}.{os.getpid()}"
+    temporary.write_text(json.dumps(manifest.to_dict(), indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path / MANIFEST_FILE)
 
 
 def load_weights(
