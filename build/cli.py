@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"smc-build: {error}: check the disk and the permissions of the output folder", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("smc-build: interrupted, nothing was written", file=sys.stderr)
+        print("smc-build: interrupted; an engine directory is written whole or not at all", file=sys.stderr)
         return 130
     return 0
 
@@ -96,26 +96,40 @@ def _build(arguments: dict[str, object], may_tune: bool) -> None:
         raise ConfigError("nothing to build, expected --checkpoint: name a folder or a preset (--help lists them)")
     started = time.perf_counter()
     path = build_engine(BuildOptions(**arguments), Terminal())  # type: ignore[arg-type]
-    if may_tune and torch.cuda.is_available():
-        _tune(path)
     seconds = time.perf_counter() - started
     prompt = '"Why is the sky blue?"' if tokenizer_path(path) is not None else "--prompt-ids 1,2,3"
     longest = load_manifest(path, verify=False).max_seq_len
     if longest < _ROOMY:
         prompt += f" --max-tokens {longest // 2}"
-    print(f"Built {path} in {seconds:.1f} s. Next:\n\n    smc-run --engine {path} {prompt}")
+    print(f"Built {path} in {seconds:.1f} s. Next:\n\n    smc-run --engine {path} {prompt}", flush=True)
+    if may_tune and torch.cuda.is_available():
+        _tune_built(path)
 
 
-def _tune(path: Path) -> None:
+def _tune_built(path: Path) -> None:
+    """Tune what was just built; the engine is whole without it, so nothing that goes wrong here fails the build."""
+    print()
+    try:
+        _tune(path, verify=False)
+    except Exception as error:  # out of memory, a kernel that does not compile: whatever it is, the build stands
+        print(
+            f"smc-build: tuning failed ({type(error).__name__}: {error}); {path} runs untuned: smc-build --tune {path} "
+            "tries again",
+            file=sys.stderr,
+        )
+
+
+def _tune(path: Path, verify: bool = True) -> None:
     """Time the engine's regions on this machine's GPU and record the fastest in its manifest."""
     # Tuning runs the engine, so it belongs to the run time, which nothing else here needs.
     from smc_engines.config import ExecutorConfig  # noqa: PLC0415
     from smc_engines.engine import Engine  # noqa: PLC0415
-    from smc_engines.tuning import tune_engine  # noqa: PLC0415
 
     if not torch.cuda.is_available():
         raise ConfigError(f"--tune {path} needs a CUDA GPU, torch sees none here: run it on the GPU machine")
-    started, manifest = time.perf_counter(), load_manifest(path)
+    from smc_engines.tuning import tune_engine  # noqa: PLC0415 - importing it needs triton
+
+    started, manifest = time.perf_counter(), load_manifest(path, verify=verify)
     print(f"tuning {path} on {torch.cuda.get_device_name()}", flush=True)
     engine = Engine.from_dir(path, ExecutorConfig(device="cuda", regions="torch", verify=False))
     tactics = tune_engine(engine, say=lambda line: print(f"  {line}", flush=True))

@@ -255,7 +255,7 @@ def _check(args: argparse.Namespace) -> None:
         plot.check_available(args.png)
     if (args.profile or args.trace) and ExecutorConfig(device=args.device).torch_device().type != "cuda":
         raise ConfigError(
-            "--profile records kernels of a CUDA device, this run uses the CPU: leave it out, or use a GPU"
+            "--profile and --trace record kernels of a CUDA device, this run uses the CPU: leave them out, or use a GPU"
         )
 
 

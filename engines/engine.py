@@ -107,11 +107,11 @@ class Engine:
         self.num_pages = self._size_pool([model for model in (target, draft) if model is not None])
 
         kernels = kernels_for(self.device, config.kernels)
-        scratch = Scratch()  # target and draft run one after the other
+        self.scratch = Scratch()  # plans of target and draft run one after the other
 
         def model(role: Role, model_config: ModelConfig) -> PagedModel:
             own = weights(role, self.device)
-            regions = choose_regions(config.regions, manifest, role, own, path, scratch)
+            regions = choose_regions(config.regions, manifest, role, own, path, self.scratch)
             return PagedModel(model_config, own, self.num_pages, self.page_size, regions, kernels)
 
         self.target = model("target", target)

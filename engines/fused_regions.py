@@ -19,21 +19,24 @@ from smc_plugin.backend import triton_kernels
 from smc_plugin.tactic import Tactic
 
 if TYPE_CHECKING:
-    from smc_plugin.kernels.matmul import Prenormed
+    from smc_plugin.kernels.matmul import Prenormed, Product
 
 PRODUCTS = ("o", "gate_up", "down", "qkv", "head")
 
 
-def product_sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Columns of the result and inner dimension of each product."""
+def product_of(config: ModelConfig, name: str, rows: int, element_bytes: int) -> Product:
+    """The sizes of one of the products at a number of rows."""
+    from smc_plugin.kernels.matmul import Product  # noqa: PLC0415 - importing it needs triton
+
     hidden, ffn = config.hidden_size, config.ffn_size
-    return {
+    columns, inner = {
         "o": (hidden, config.q_size),
         "gate_up": (ffn, hidden),
         "down": (hidden, ffn),
         "qkv": (config.qkv_size, hidden),
         "head": (config.vocab_size, hidden),
-    }
+    }[name]
+    return Product(rows, columns, inner, name == "gate_up", element_bytes)
 
 
 class FusedRegions:
@@ -53,8 +56,9 @@ class FusedRegions:
 
         self._matmul = matmul
         self._eps = config.rms_eps
-        self._sizes = product_sizes(config)
-        self._sms = launch.sm_count(weights["embed"].device)
+        self._config = config
+        self._gpu = launch.gpu_of(weights["embed"].device)
+        self._element_bytes = weights["embed"].element_size()
         self._bound = bind_weights(config, weights)
         self._tactics = tactics or ModelTactics()
         self._chosen: dict[tuple[str, int], Tactic] = {}
@@ -66,10 +70,11 @@ class FusedRegions:
     def tactic(self, product: str, rows: int) -> Tactic:
         """How a product is cut at this number of rows."""
         if (product, rows) not in self._chosen:
-            found = self._tactics.product(product, rows)
-            is_gated = product == "gate_up"
-            default = self._matmul.default_tactic(rows, *self._sizes[product], is_gated, self._sms)
-            self._chosen[product, rows] = found or default
+            sizes = product_of(self._config, product, rows, self._element_bytes)
+            default, found = self._matmul.default_tactic(sizes, self._gpu), self._tactics.product(product, rows)
+            # A tile made for many more rows would mostly multiply padding.
+            fits = found is not None and found.rows == default.rows
+            self._chosen[product, rows] = found if found is not None and fits else default
         return self._chosen[product, rows]
 
     def run(self, region: str, layer: int | None, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:

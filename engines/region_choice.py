@@ -4,8 +4,9 @@
     plans   TensorRT plans of the engine directory, up to its largest row bucket
     fused   Triton kernels, up to MAX_FUSED_ROWS; more rows are arithmetic, which torch's library does better
 
-`auto` on a GPU follows the tactics in the manifest where they were timed on this kind of GPU (smc-build --tune). Where
-not, it takes the plans if there are some, else the fused kernels.
+`auto` on a GPU follows the tactics in the manifest where they were timed on this kind of GPU (smc-build --tune). Where not,
+and for more rows than were timed, it takes the plans if there are some (and, with tactics, some region chose them), else the
+fused kernels.
 """
 
 from __future__ import annotations
@@ -54,18 +55,17 @@ def choose_regions(
     if choice == "torch" or (choice == "auto" and not on_gpu):
         return TorchRegions(manifest.model(role).config, weights)
     tactics = tactics_of(manifest.tactics, role, torch.cuda.get_device_name()) if on_gpu else None
-    wanted: set[Runner]
+    has_plans = bool(manifest.plans) and path is not None
+    wanted: set[Runner] = set() if tactics is None or choice != "auto" else tactics.runners()
     if choice != "auto":
-        wanted = {choice}
-    elif tactics is not None:
-        wanted = tactics.runners()
+        otherwise: Runner = choice
     else:
-        wanted = {"plans" if manifest.plans and path is not None else "fused"}
-    runners = make_runners(wanted, manifest, role, weights, tactics, path, scratch)
+        otherwise = "plans" if has_plans and (tactics is None or "plans" in wanted) else "fused"
+    runners = make_runners({*wanted, otherwise}, manifest, role, weights, tactics, path, scratch)
 
     def select(region: str, rows: int) -> Runner:
-        timed = tactics.runner(region, rows) if tactics is not None else None
-        name = next(iter(wanted)) if len(wanted) == 1 else timed or "torch"
+        timed = tactics.runner(region, rows) if tactics is not None and choice == "auto" else None
+        name = timed or otherwise
         return "torch" if name == "fused" and rows > MAX_FUSED_ROWS else name
 
     return SelectedRegions(runners, select)

@@ -32,6 +32,10 @@ class RegionTimes:
     choice: Runner
     us: Mapping[str, float]
 
+    def __post_init__(self) -> None:
+        if self.choice not in RUNNERS:
+            raise ValueError(f"runner {self.choice!r}, expected one of {', '.join(RUNNERS)}")
+
 
 @dataclass(frozen=True)
 class ModelTactics:
@@ -70,17 +74,8 @@ class ModelTactics:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelTactics:
-        """Read what `to_dict` wrote.
-
-        Raises:
-            EngineDirError: it is something else.
-        """
-        try:
-            return cls(_read(values["regions"], RegionTimes), _read(values["products"], Tactic))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise EngineDirError(
-                f"the manifest's tactics do not read ({error}), expected what smc-build --tune writes: run it again"
-            ) from error
+        """Read what `to_dict` wrote; anything else raises KeyError, TypeError, ValueError or AttributeError."""
+        return cls(_read(values["regions"], RegionTimes), _read(values["products"], Tactic))
 
 
 def _read(table: Mapping[str, Any], kind: Callable[..., Entry]) -> dict[str, dict[int, Entry]]:
@@ -95,7 +90,16 @@ def at_least(by_rows: Mapping[int, Entry], rows: int) -> Entry | None:
 
 
 def tactics_of(manifest_tactics: Mapping[str, Any], role: str, gpu: str) -> ModelTactics | None:
-    """A model's tactics from the manifest, if they were timed on this kind of GPU."""
-    if not manifest_tactics or manifest_tactics.get("gpu") != gpu:
+    """A model's tactics from the manifest, if they were timed on this kind of GPU.
+
+    Raises:
+        EngineDirError: the manifest holds something else.
+    """
+    if not manifest_tactics:
         return None
-    return ModelTactics.from_dict(manifest_tactics["models"][role])
+    try:
+        return ModelTactics.from_dict(manifest_tactics["models"][role]) if manifest_tactics["gpu"] == gpu else None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise EngineDirError(
+            f"the manifest's tactics do not read ({error!r}), expected what smc-build --tune writes: run it again"
+        ) from error

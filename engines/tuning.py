@@ -27,19 +27,20 @@ from smc_build.network import ROWS, layer_inputs, region_specs
 from smc_build.plan import round_rows
 from smc_build.plans import used_regions
 from smc_engines.engine import Engine
-from smc_engines.fused_regions import PRODUCTS, FusedRegions, product_sizes
+from smc_engines.fused_regions import PRODUCTS, FusedRegions, product_of
 from smc_engines.model import PagedModel
 from smc_engines.region_choice import MAX_FUSED_ROWS, choose_regions, make_runners
 from smc_engines.regions import RegionRunner
 from smc_engines.tactics import ModelTactics, RegionTimes, Runner
 from smc_plugin.errors import ConfigError
 from smc_plugin.kernels.compile import precompile
-from smc_plugin.kernels.launch import recording, sm_count
+from smc_plugin.kernels.launch import gpu_of, recording
 from smc_plugin.kernels.matmul import candidate_tactics
+from smc_plugin.kernels.timing import graph_times_us
 from smc_plugin.tactic import Tactic
 
-# Weights that fit the L2 cache would be timed from there; between such calls this much is overwritten.
-_FLUSH_BYTES = 256 << 20
+# Weights that fit the L2 cache would be timed from there; between calls that read less, as much is overwritten.
+_FLUSH_BYTES = _CACHED_BYTES = 256 << 20
 _REPLAYS = 5
 _GAIN = 0.998  # another tactic must be that much faster than the one so far
 _CONTEXT_TOKENS = 384  # that attention reads in a timed pass
@@ -56,7 +57,7 @@ class Chain:
 
 
 def tune_engine(engine: Engine, rows: Mapping[Role, Sequence[int]] | None = None, say: Say = print) -> dict[str, Any]:
-    """Time an engine's regions on its GPU and let it use the fastest from now on.
+    """Time an engine's regions on its GPU; one whose `regions` are `auto` uses the fastest from now on.
 
     Args:
         engine: on a GPU; nothing may run on it meanwhile, and what its KV pages held is lost.
@@ -74,7 +75,7 @@ def tune_engine(engine: Engine, rows: Mapping[Role, Sequence[int]] | None = None
     models: dict[Role, ModelTactics] = {}
     for role, model in engine.models.items():
         wanted: set[Runner] = {"fused", "plans"} if engine.plan_folder is not None else {"fused"}
-        runners = make_runners(wanted, manifest, role, model.weights, None, engine.plan_folder, None)
+        runners = make_runners(wanted, manifest, role, model.weights, None, engine.plan_folder, engine.scratch)
         tuner = Tuner(model, runners, manifest.max_draft_tokens + 1, lambda text, role=role: say(f"{role}: {text}"))
         with torch.inference_mode():
             models[role] = tuner.tune(rows[role])
@@ -83,7 +84,7 @@ def tune_engine(engine: Engine, rows: Mapping[Role, Sequence[int]] | None = None
     engine.manifest = dataclasses.replace(manifest, tactics=tactics)
     for role, model in engine.models.items():
         model.regions = choose_regions(
-            engine.config.regions, engine.manifest, role, model.weights, engine.plan_folder, None
+            engine.config.regions, engine.manifest, role, model.weights, engine.plan_folder, engine.scratch
         )
     return tactics
 
@@ -133,18 +134,13 @@ class Tuner:
         return ModelTactics(regions, products)
 
     def _tune_product(self, name: str, rows: int) -> Tactic:
-        """The fastest tactic of one product, the others as found so far: tiles first, then how much to prefetch."""
+        """The fastest tactic of one product, the others as found so far."""
         best, best_us = None, float("inf")
         for tactic in self._candidates(name, rows):
             us = self._product_us(name, rows, tactic)
             if us < best_us * _GAIN:
                 best, best_us = tactic, us
         assert best is not None
-        halves = (dataclasses.replace(best, prefetch=best.prefetch // 2), dataclasses.replace(best, prefetch=0))
-        for tactic in halves if name != "head" else ():
-            us = self._product_us(name, rows, tactic)
-            if us < best_us * _GAIN:
-                best, best_us = tactic, us
         self._fused.choose(name, rows, best)
         self._say(f"{name:8} {rows:4} rows  {best_us:8.1f} us a {'head' if name == 'head' else 'pass'}  {best}")
         return best
@@ -196,7 +192,7 @@ class Tuner:
         calls = tuple((region, layer) for layer in layers)
         bound = layer_inputs(self._config, region, 0 if region == "block" else None)
         num_bytes = len(calls) * sum(self._weights[name].nbytes for name in bound.values())
-        return Chain(calls if len(calls) >= 4 else calls * 4, num_bytes < _FLUSH_BYTES)
+        return Chain(calls if len(calls) >= 4 else calls * 4, num_bytes < _CACHED_BYTES)
 
     def _chain_us(self, runner: RegionRunner, chain: Chain, rows: int) -> float:
         """Microseconds of one region of a chain, flushes not counted."""
@@ -225,32 +221,18 @@ class Tuner:
     @staticmethod
     def _graph_us(calls: Sequence[Callable[[], object]]) -> float:
         """Median microseconds of a graph of all calls."""
-        for call in calls[:2]:
-            call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-        times = []
-        for replay in range(_REPLAYS + 2):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if replay >= 2:
-                times.append(begin.elapsed_time(end) * 1000)
-        return statistics.median(times)
+        return statistics.median(graph_times_us(calls, _REPLAYS))
 
     def _candidates(self, name: str, rows: int) -> list[Tactic]:
-        columns, inner = product_sizes(self._config)[name]
-        return candidate_tactics(rows, columns, inner, name == "gate_up", sm_count(self._weights["embed"].device))
+        embed = self._weights["embed"]
+        return candidate_tactics(product_of(self._config, name, rows, embed.element_size()), gpu_of(embed.device))
 
     def _precompile(self, rows: Sequence[int]) -> None:
         """Compile what is going to be timed on all cores: one after the other it would take minutes."""
         meta = {name: tensor.to("meta") for name, tensor in self._weights.items()}
         runner = FusedRegions(self._config, meta)
+        for name, count in itertools.product(PRODUCTS, rows):
+            runner.choose(name, count, self._candidates(name, count)[0])
         with recording() as recorded:
             for name, count in itertools.product(PRODUCTS, rows):
                 region = _region_of(name, self._config)

@@ -28,6 +28,7 @@ from torch.nn import functional
 
 from smc_plugin.kernels import attention, launch, matmul, pages, resample, sampling
 from smc_plugin.kernels.matmul import Tactic
+from smc_plugin.kernels.timing import graph_times_us
 from smc_plugin.reference import sampling as sampling_reference
 
 DEVICE = "cuda"
@@ -84,22 +85,8 @@ def time_us(call: Callable[[int], object], copies: int = 1) -> tuple[float, floa
         copies: how many there are.
     """
     calls = copies * max(1, 24 // copies)
-    call(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for index in range(calls):
-            call(index % copies)
-    times = []
-    for replay in range(9):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if replay >= 2:
-            times.append(begin.elapsed_time(end) * 1000 / calls)
-    return statistics.median(times), max(times) - min(times)
+    times = graph_times_us([lambda index=index: call(index % copies) for index in range(calls)], replays=7)
+    return statistics.median(times) / calls, (max(times) - min(times)) / calls
 
 
 class Bench:
@@ -177,12 +164,13 @@ def bench_product(bench: Bench, name: str, shape: Shape, rows: int) -> None:
         "down": lambda i: residual + x @ weights[i],
         "head": lambda i: functional.linear(x, weights[i]).float(),
     }
-    call, sms = calls[name], launch.sm_count(x.device)
+    call, gpu = calls[name], launch.gpu_of(x.device)
     columns = width // 2 if gated else width
     label = f"{shape.name} rows={rows}"
-    default = matmul.default_tactic(rows, columns, inner, gated, sms)
+    product = matmul.Product(rows, columns, inner, gated)
+    default = matmul.default_tactic(product, gpu)
     bench.add(f"product/{name}", label, num_bytes, lambda i: call(i, None), plain[name], copies, default)
-    candidates = matmul.candidate_tactics(rows, columns, inner, gated, sms)[1:]
+    candidates = matmul.candidate_tactics(product, gpu)[1:]
     step = max(1, len(candidates) // max(1, bench.tune))
     timed = []
     for tactic in itertools.islice(candidates, 0, step * bench.tune, step):

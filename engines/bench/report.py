@@ -23,6 +23,7 @@ from smc_engines.bench.measure import Sample
 from smc_engines.bench.points import Case
 from smc_engines.engine import Engine
 from smc_engines.report import engine_lines
+from smc_engines.tactics import tactics_of
 
 _PACKAGES = ("torch", "triton", "transformers", "numpy")
 _SHOWN_KERNELS = 24
@@ -51,7 +52,7 @@ def describe(engine: Engine, case: Case, copy_tb_per_s: float) -> dict[str, Any]
         "weights": "random" if manifest.weights == "random" else manifest.name,
         "kernels": engine.target.kernels.name,
         "regions": engine.config.regions,
-        "tuned": bool(engine.manifest.tactics),
+        "tuned": tactics_of(engine.manifest.tactics, "target", device_name(engine.device)) is not None,
         "max_seq_len": engine.limits.max_seq_len,
         "threads": torch.get_num_threads(),
         "versions": versions(),

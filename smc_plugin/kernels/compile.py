@@ -78,6 +78,13 @@ def _describe(value: Any) -> tuple[str, bool]:
     return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
 
 
+def _for_capability(recorded: Recorded, capability: int) -> Recorded:
+    """The launch as that GPU would get it: programmatic dependent launch begins with Hopper."""
+    has_pdl = capability >= 90
+    arguments = {**recorded.arguments, "PDL": has_pdl}
+    return Recorded(recorded.kernel, arguments, {**recorded.options, "launch_pdl": has_pdl})
+
+
 def _source(recorded: Recorded) -> ASTSource:
     kernel = recorded.kernel
     signature, constants, attributes = {}, {}, {}
@@ -115,7 +122,7 @@ def precompile(recorded: Sequence[Recorded], capability: int = 90, workers: int 
         how many were compiled or found in the cache.
     """
     jobs = {}
-    for one in recorded:
+    for one in (_for_capability(each, capability) for each in recorded):
         source = _source(one)
         module, name = one.kernel.fn.__module__, one.kernel.fn.__name__
         job = (module, name, source.signature, source.constants, source.attrs, one.options, capability)
@@ -143,7 +150,7 @@ def compile_recorded(recorded: Recorded, capability: int = 90) -> Compiled:
         recorded: from `launch.recording`.
         capability: compute capability times ten; 90 is Hopper.
     """
-    target = GPUTarget("cuda", capability, 32)
+    target, recorded = GPUTarget("cuda", capability, 32), _for_capability(recorded, capability)
     kernel = triton.compile(_source(recorded), target=target, options=recorded.options)
     cubin = kernel.asm["cubin"]
     usage = _resource_usage(cubin)

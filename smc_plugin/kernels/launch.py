@@ -2,9 +2,10 @@
 
 Programmatic dependent launch (PDL): from compute capability 9.0 on, a kernel may start while its predecessor runs. Each
 kernel calls `wait_for_inputs` before it touches what the kernel before it wrote, and then `let_next_start`, on every
-path. So when a kernel runs, all programs of its predecessor are past their wait: everything that was launched two or more
-kernels earlier is complete, and may be read before the wait (past the first-level cache, which may hold older values).
-Both compile to nothing when PDL is off.
+path. So when a kernel runs whose predecessor is one of these, or was launched without PDL, all programs of the predecessor are
+past their wait: everything that was launched two or more kernels earlier is complete, and may be read before the wait (past the
+first-level cache, which may hold older values). Kernels of other libraries may let go earlier: read early only what is older
+than the last few launches. Both calls compile to nothing when PDL is off.
 
 Arrival counters let the last program of a tile combine the partial results of all: each adds 1, the last one sees
 count - 1 and sets it back to 0, so the next launch finds zeros. They belong to a device; launches that use them must
@@ -30,7 +31,6 @@ from smc_plugin.errors import ConfigError
 from smc_plugin.kernels.interpreter import allow_scalar_loop_bounds
 
 NUM_COUNTERS = 1 << 16
-_DEFAULT_SM_COUNT = 132  # H100 SXM; only decides how work is split
 
 
 @dataclass
@@ -80,12 +80,26 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """What decides how work is cut: the number of multiprocessors, and the shared memory a program may take, in bytes."""
+
+    sm_count: int = 132
+    shared_bytes: int = 232448
+
+
 @functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU behind a device; an H100 for tensors that are on none."""
+    if device.type != "cuda":
+        return Gpu()
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
 def sm_count(device: torch.device) -> int:
     """Number of multiprocessors, which decides how far work is split."""
-    if device.type != "cuda":
-        return _DEFAULT_SM_COUNT
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return gpu_of(device).sm_count
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:

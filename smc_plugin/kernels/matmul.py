@@ -12,10 +12,10 @@ consumes it multiplies its accumulator by 1/rms at the end. Narrow matrices are 
 last program to finish a tile sums the parts in order, so results do not depend on timing.
 
 Under programmatic dependent launch a program asks the L2 cache for its first weights before it waits for the kernel that
-makes x, so that the memory is busy while one product ends and the next begins (6 % of a pass of Llama-1B on an H100).
+makes x, so that the memory is busy while one product ends and the next begins (1 to 6 % of a pass on an H100).
 
-Example: Llama-1B's o projection, 8 rows, 2048 -> 2048, is 64 column tiles of 32 times 4 splits = 256 programs, each of
-which streams 512 * 32 weights (32 kB).
+Example: Llama-1B's o projection, 8 rows, 2048 -> 2048, is 32 column tiles of 64 times 4 splits = 128 programs, each of
+which streams 512 * 64 weights (64 kB).
 """
 
 from __future__ import annotations
@@ -28,19 +28,21 @@ import triton.language as tl
 from torch import Tensor
 
 from smc_plugin.kernels.launch import (
+    Gpu,
     cdiv,
     counters,
+    gpu_of,
     is_last_arrival,
     launch,
     let_next_start,
     next_power_of_2,
-    sm_count,
     wait_for_inputs,
 )
 from smc_plugin.tactic import Tactic
 
 __all__ = [
     "Prenormed",
+    "Product",
     "Tactic",
     "candidate_tactics",
     "default_tactic",
@@ -50,7 +52,6 @@ __all__ = [
     "rms_norm",
 ]
 
-_SHARED_BYTES = 200 * 1024  # what a program may take on Hopper, with some room
 _PREFETCH_BYTES = 32 << 10  # of its own weights that a program asks for before it waits
 
 
@@ -289,9 +290,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def _tile_bytes(columns: int, inner: int, rows: int, gated: bool, stages: int) -> int:
-    """Shared memory of a program's 16-bit tiles: up to 32 rows the tile in use has left it for registers."""
-    return 2 * (stages if rows > 32 else stages - 1) * inner * (columns * (2 if gated else 1) + rows)
+@dataclass(frozen=True)
+class Product:
+    """What a tactic is chosen for: [rows, inner] times [inner, columns], or twice as many columns when gated."""
+
+    rows: int
+    columns: int
+    inner: int
+    gated: bool = False
+    element_bytes: int = 2
+
+
+def _tile_bytes(product: Product, rows: int, columns: int, inner: int, stages: int) -> int:
+    """Shared memory of a program's tiles; up to 32 rows of 16 bits the tile in use has left it for registers."""
+    buffers = stages - 1 if rows <= 32 and product.element_bytes == 2 else stages
+    return product.element_bytes * buffers * inner * (columns * (2 if product.gated else 1) + rows)
 
 
 # Tiles (columns, inner, stages) worth timing, the generally good ones first: for few rows and for many.
@@ -303,40 +316,38 @@ _TALL_TILES = (
     *((64, 64, 6), (64, 128, 4), (128, 64, 3), (64, 128, 3)),
     *((32, 128, 4), (64, 64, 4), (32, 64, 5), (128, 128, 3)),
 )
+_LEAST_TILE = (32, 32, 2)  # fits everywhere
 
 
-def default_tactic(rows: int, columns: int, inner: int, gated: bool, sms: int) -> Tactic:
-    """The tactic to use without measuring.
+def default_tactic(product: Product, gpu: Gpu) -> Tactic:
+    """The tactic to use without measuring."""
+    return candidate_tactics(product, gpu)[0]
 
-    Args:
-        rows: of x.
-        columns: of the result.
-        inner: of both.
-        gated: two weight tiles a program.
-        sms: multiprocessors.
+
+def candidate_tactics(product: Product, gpu: Gpu) -> list[Tactic]:
+    """Tactics worth timing, the default first.
+
+    Tiles that fit a multiprocessor; the inner dimension is split until there are about as many programs as multiprocessors,
+    and once further.
     """
-    return candidate_tactics(rows, columns, inner, gated, sms)[0]
-
-
-def candidate_tactics(rows: int, columns: int, inner: int, gated: bool, sms: int) -> list[Tactic]:
-    """Tactics worth timing on a GPU, the default first: one to two programs a multiprocessor, tiles that fit its memory.
-
-    Args:
-        rows, columns, inner, gated, sms: see default_tactic.
-    """
+    rows, columns, inner, sms = product.rows, product.columns, product.inner, gpu.sm_count
     tile_rows = min(128, max(16, next_power_of_2(rows)))
+    room = gpu.shared_bytes * 7 // 8  # the compiler needs some for itself
+    tiles = [
+        tile
+        for tile in (_SMALL_TILES if tile_rows <= 32 else _TALL_TILES)
+        if _tile_bytes(product, tile_rows, *tile) <= room
+    ]
     found = []
-    for tile_columns, tile_inner, stages in _SMALL_TILES if tile_rows <= 32 else _TALL_TILES:
-        fits = _tile_bytes(tile_columns, tile_inner, tile_rows, gated, stages) <= _SHARED_BYTES
-        tile_inner = min(tile_inner, max(16, next_power_of_2(inner)))  # noqa: PLW2901
+    for tile_columns, deep, stages in tiles or [_LEAST_TILE]:
+        tile_inner = min(deep, max(16, next_power_of_2(inner)))
         programs = cdiv(columns, tile_columns) * cdiv(rows, tile_rows)
         splits = 1
         while programs * splits * 4 <= 3 * sms and inner // (splits * 2) >= 2 * tile_inner:
             splits *= 2
         more = 2 * splits
-        wanted = (splits, more) if programs * more <= 3 * sms and inner // more >= 2 * tile_inner else (splits,)
-        for parts in wanted if fits else ():
-            prefetch = _prefetch_rows(tile_columns, gated, inner // parts)
+        for parts in (splits, more) if programs * more <= 3 * sms and inner // more >= 2 * tile_inner else (splits,):
+            prefetch = _prefetch_rows(product, tile_columns, inner // parts)
             found.append(Tactic(tile_rows, tile_columns, tile_inner, parts, _warps(tile_rows), stages, prefetch))
     return list(dict.fromkeys(found))
 
@@ -346,9 +357,9 @@ def _warps(tile_rows: int) -> int:
     return 8 if tile_rows > 64 else 4
 
 
-def _prefetch_rows(columns: int, gated: bool, inner_per_split: int) -> int:
-    """Inner rows that make _PREFETCH_BYTES of 16-bit weights, no more than a program has; a power of two."""
-    wanted = _PREFETCH_BYTES // (2 * columns * (2 if gated else 1))
+def _prefetch_rows(product: Product, tile_columns: int, inner_per_split: int) -> int:
+    """Inner rows that make _PREFETCH_BYTES of weights, no more than a program has; a power of two."""
+    wanted = _PREFETCH_BYTES // (product.element_bytes * tile_columns * (2 if product.gated else 1))
     return min(wanted, 1 << (max(inner_per_split, 1).bit_length() - 1))
 
 
@@ -373,7 +384,7 @@ def _linear(
     width = weight.shape[0] if transpose_w else weight.shape[1]
     columns = width // 2 if gated else width
     device = x.device
-    tactic = tactic or default_tactic(rows, columns, inner, gated, sm_count(device))
+    tactic = tactic or default_tactic(Product(rows, columns, inner, gated, x.element_size()), gpu_of(device))
     out = torch.empty((rows, columns), dtype=dtype or x.dtype, device=device)
     inner_per_split = _inner_per_split(inner, tactic)
     splits = cdiv(inner, inner_per_split)

@@ -1,15 +1,19 @@
 """Tactics in the manifest, and who computes a region on a machine without a GPU."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
+from torch import Tensor
 
 from smc_build import cli
 from smc_build.builder import BuildOptions, build_engine, random_engine
 from smc_build.engine_dir import load_manifest, write_manifest
 from smc_build.weights import weight_shapes
+from smc_engines import region_choice
 from smc_engines.fused_regions import FusedRegions
 from smc_engines.region_choice import choose_regions
 from smc_engines.regions import SelectedRegions, TorchRegions
@@ -46,11 +50,49 @@ def test_tactics_survive_the_manifest_and_count_on_their_gpu_only(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "broken", [{}, {"regions": {}}, {"regions": {"o": 3}, "products": {}}, {"products": {"o": {"8": {}}}}]
+    "model",
+    [
+        {},
+        {"regions": {}},
+        {"regions": {"o": 3}, "products": {}},
+        {"regions": {}, "products": {"o": {"8": {}}}},
+        {"regions": {"block": {"8": {"choice": "nobody", "us": {}}}}, "products": {}},
+        {"regions": {"block": {"eight": {"choice": "torch", "us": {}}}}, "products": {}},
+    ],
 )
-def test_other_tactics_are_refused(broken: dict) -> None:
+def test_other_tactics_are_refused(model: dict) -> None:
     with pytest.raises(EngineDirError, match="run it again"):
-        ModelTactics.from_dict(broken)
+        tactics_of({"gpu": "some GPU", "models": {"target": model}}, "target", "some GPU")
+
+
+@pytest.mark.parametrize("broken", [{"gpu": "some GPU"}, {"models": {}}, {"gpu": "some GPU", "models": {"draft": {}}}])
+def test_tactics_without_this_model_are_refused(broken: dict) -> None:
+    with pytest.raises(EngineDirError, match="run it again"):
+        tactics_of(broken, "target", "some GPU")
+
+
+def test_inspect_shows_who_was_fastest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model", layers=2, seed=0)
+    path = build_engine(BuildOptions(str(checkpoint), draft="none", max_seq_len=64, output=tmp_path / "engine"))
+    assert cli.main(["--inspect", str(path)]) == 0
+    assert "not tuned" in capsys.readouterr().out
+    tactics = {"gpu": "some GPU", "models": {"target": FOUND.to_dict()}}
+    write_manifest(path, replace(load_manifest(path), tactics=tactics))
+    assert cli.main(["--inspect", str(path)]) == 0
+    table = capsys.readouterr().out
+    assert "on some GPU" in table
+    assert "target block    8 rows  fused  (fused 3.0, torch 5.0)" in table
+
+
+def test_a_build_stands_when_tuning_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(path: Path, verify: bool) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(cli, "_tune", fails)
+    cli._tune_built(tmp_path)
+    assert f"out of memory); {tmp_path} runs untuned" in capsys.readouterr().err
 
 
 def test_runners_without_a_gpu() -> None:
@@ -64,7 +106,49 @@ def test_runners_without_a_gpu() -> None:
     assert isinstance(choose_regions("fused", manifest, "target", tensors), SelectedRegions)
     with pytest.raises(EngineDirError, match="use --regions fused"):
         choose_regions("plans", manifest, "target", tensors)
-    assert FusedRegions(entry.config, tensors).tactic("o", 8).rows == 16
+    few = FusedRegions(entry.config, tensors, FOUND)
+    assert few.tactic("o", 8) == FOUND.product("o", 8)
+    # A tile of 128 rows, timed for 72, is none for 20.
+    many = replace(FOUND, products={"o": {72: Tactic(128, 64, 64, 2, 8, 4, 0)}})
+    assert FusedRegions(entry.config, tensors, many).tactic("o", 72).rows == 128
+    assert FusedRegions(entry.config, tensors, many).tactic("o", 20).rows == 32
+
+
+class Spy:
+    """A runner that says which one it is."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def run(self, region: str, layer: int | None, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {self.name: activations["x"]}
+
+
+@pytest.mark.parametrize("tuned_plans", [False, True])
+def test_who_runs_follows_the_tactics(monkeypatch: pytest.MonkeyPatch, tuned_plans: bool) -> None:
+    manifest, _ = random_engine(BuildOptions("llama-1b", draft="none", dtype="float32", max_seq_len=64))
+    found = FOUND if tuned_plans else replace(FOUND, regions={"block": {8: FOUND.regions["block"][8]}})
+    manifest = replace(manifest, tactics={"gpu": "some GPU", "models": {"target": found.to_dict()}}, plans={"some": 1})
+
+    def spies(wanted: set[str], *_: object) -> dict[str, Spy]:
+        return {name: Spy(name) for name in {*wanted, "torch"}}
+
+    class OnGpu:
+        device = torch.device("cuda")
+
+    monkeypatch.setattr(region_choice, "make_runners", spies)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    weights = cast("dict[str, Tensor]", {"embed": OnGpu()})
+    chosen = choose_regions("auto", manifest, "target", weights, Path("plans"))
+
+    def who(region: str, rows: int) -> str:
+        return next(iter(chosen.run(region, 0, {"x": torch.zeros(rows, 1)})))
+
+    otherwise = "plans" if tuned_plans else "fused"  # what was timed and never chosen is not loaded
+    assert who("block", 8) == "fused"
+    assert who("block", 60) == ("plans" if tuned_plans else "fused")
+    assert who("head", 8) == otherwise
+    assert who("block", 500) == ("plans" if tuned_plans else "torch")
 
 
 def test_tuning_without_a_gpu_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

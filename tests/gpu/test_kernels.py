@@ -247,7 +247,7 @@ def test_head(rows: int) -> None:
 def test_every_candidate_tactic_agrees() -> None:
     x, weight = normal(8, 2048), normal(2048, 2048)
     expected = x.double() @ weight.double()
-    candidates = matmul.candidate_tactics(8, 2048, 2048, gated=False, sms=launch.sm_count(x.device))
+    candidates = matmul.candidate_tactics(matmul.Product(8, 2048, 2048), launch.gpu_of(x.device))
     for tactic in itertools.islice(candidates, 12):
         assert relative_error(matmul.linear(x, weight, tactic=tactic), expected) < 1e-2, tactic
 

@@ -33,7 +33,10 @@ class Pass:
     def context(self, module):
         half = self.cache.shape[-1] // 2
         inv_freq = 10000.0 ** -(torch.arange(half) / half)
-        return module.make_context(self.start, self.num_queries, self.table, self.page_size, inv_freq, self.max_context)
+        # The first draft pass of a round gives its start in this way too.
+        start, offset = self.start + 1, -1
+        sizes = self.num_queries, self.table, self.page_size, inv_freq, self.max_context
+        return module.make_context(start, *sizes, offset)
 
     def expected(self) -> tuple[Tensor, Tensor]:
         cache, context = self.cache.clone(), self.context(attention)

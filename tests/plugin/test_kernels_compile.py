@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from smc_plugin.group_state import GroupState
-from smc_plugin.kernels import attention, groups, launch, matmul, pages, resample, sampling, weights
-from smc_plugin.kernels.compile import Compiled, compile_recorded
+from smc_plugin.kernels import attention, embedding, groups, launch, matmul, pages, resample, sampling, weights
+from smc_plugin.kernels.compile import Compiled, compile_recorded, precompile
 
 BF16, F32, F64, I32, I64 = torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64
 VOCAB = 128256
@@ -117,6 +117,37 @@ def test_attention(model: str) -> None:
             assert one.ptx.index("ld.global.cg.v4") < one.ptx.index("griddepcontrol.wait")
 
 
+@pytest.mark.parametrize("rows", [8, 40, 72])
+def test_float32_products_fit_shared_memory(rows: int) -> None:
+    with launch.recording() as recorded:
+        matmul.linear(meta(rows, 2048, dtype=F32), meta(2048, 2048, dtype=F32))
+        matmul.gated(meta(rows, 2048, dtype=F32), meta(2048, 16384, dtype=F32))
+    compile_all(recorded)
+
+
+@pytest.mark.parametrize(("capability", "waits"), [(80, False), (90, True)])
+def test_older_gpus_get_no_dependent_launch(capability: int, waits: bool) -> None:
+    with launch.recording() as recorded:
+        matmul.linear(meta(8, 256), meta(256, 128))
+    assert ("griddepcontrol" in compile_recorded(recorded[0], capability).ptx) == waits
+
+
+def test_precompiling_counts_each_specialisation_once() -> None:
+    """Numbers of rows do not make machine code of their own; tiles do."""
+    with launch.recording() as recorded:
+        for rows in (1, 8, 16):
+            matmul.linear(meta(rows, 256), meta(256, 128), tactic=matmul.Tactic(16, 64, 64, 1, 4, 3))
+        matmul.linear(meta(8, 256), meta(256, 128), tactic=matmul.Tactic(16, 32, 64, 1, 4, 3))
+    assert precompile(recorded, 90, workers=1) == 2
+
+
+def test_look_up() -> None:
+    with launch.recording() as recorded:
+        embedding.embed(meta(72, dtype=I64), meta(VOCAB, 4096))
+        embedding.embed(meta(1, dtype=I64), meta(VOCAB, 1536))
+    assert all(one.spill_bytes == 0 for one in compile_all(recorded))
+
+
 def test_sizes_of_one_compile() -> None:
     """A launch turns integers equal to 1 into constants, which lack a tensor's methods."""
     values, terms, whole = meta(1, 1, dtype=F64), meta(1, 1, 1, dtype=F32), meta(1, dtype=I64)
@@ -150,7 +181,7 @@ def test_products(model: str, rows: int) -> None:
     for one in compiled:
         assert one.spill_bytes == 0, one.name
         if one.name == "_linear_kernel":
-            # Weights travel in asynchronous 16-byte copies, asked for before the wait for the inputs.
+            # Weights travel in asynchronous 16-byte copies; the first are asked for before the wait for the inputs.
             assert "cp.async.cg.shared.global" in one.ptx
             assert one.ptx.index("prefetch.global.L2") < one.ptx.index("griddepcontrol.wait")
             assert one.ptx.index("griddepcontrol.wait") < one.ptx.index("cp.async.cg")
