@@ -16,18 +16,16 @@ from smc_build.model_config import ModelConfig
 from smc_engines.regions import bind_weights
 from smc_engines.tactics import ModelTactics
 from smc_plugin.backend import triton_kernels
-from smc_plugin.tactic import Tactic
+from smc_plugin.tactic import Product, Tactic
 
 if TYPE_CHECKING:
-    from smc_plugin.kernels.matmul import Prenormed, Product
+    from smc_plugin.kernels.matmul import Prenormed
 
 PRODUCTS = ("o", "gate_up", "down", "qkv", "head")
 
 
 def product_of(config: ModelConfig, name: str, rows: int, element_bytes: int) -> Product:
     """The sizes of one of the products at a number of rows."""
-    from smc_plugin.kernels.matmul import Product  # noqa: PLC0415 - importing it needs triton
-
     hidden, ffn = config.hidden_size, config.ffn_size
     columns, inner = {
         "o": (hidden, config.q_size),

@@ -1,8 +1,19 @@
-"""How a skinny matrix product is cut into programs; plain data, so that manifests can hold it without triton."""
+"""Skinny matrix products and how they are cut into programs; plain data, so that manifests can hold it without triton."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a tactic is chosen for: [rows, inner] times [inner, columns], or twice as many columns when gated."""
+
+    rows: int
+    columns: int
+    inner: int
+    gated: bool = False
+    element_bytes: int = 2
 
 
 @dataclass(frozen=True)

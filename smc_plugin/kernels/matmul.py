@@ -38,7 +38,7 @@ from smc_plugin.kernels.launch import (
     next_power_of_2,
     wait_for_inputs,
 )
-from smc_plugin.tactic import Tactic
+from smc_plugin.tactic import Product, Tactic
 
 __all__ = [
     "Prenormed",
@@ -288,17 +288,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         num_warps=8 if block >= 2048 else 4,
     )
     return out
-
-
-@dataclass(frozen=True)
-class Product:
-    """What a tactic is chosen for: [rows, inner] times [inner, columns], or twice as many columns when gated."""
-
-    rows: int
-    columns: int
-    inner: int
-    gated: bool = False
-    element_bytes: int = 2
 
 
 def _tile_bytes(product: Product, rows: int, columns: int, inner: int, stages: int) -> int:
