@@ -41,6 +41,7 @@ TICK_S = 0.1
 LOST_CLIENT_WAIT_S = 3.0
 CRASH_LIMIT, CRASH_WINDOW_S = 5, 60.0
 DRAIN_MARGIN_S = 15.0
+STALL_S = 5.0  # unloading one model takes a second or two where other work is going on
 SERVER_START_S = 60.0
 TURNS_OF_A_PROBE = 4  # reports of the executor within which it has surely answered a probe that reached it
 
@@ -358,14 +359,27 @@ class Supervisor:
             with contextlib.suppress(Exception):
                 executor.wait(self.options.drain_s + DRAIN_MARGIN_S)
 
+    def _unload(self, server: Popen[bytes]) -> None:
+        """Ask the server to end, and wait while its stubs go one by one.
+
+        A client's idle gRPC stream keeps the last model that it called loaded and the server alive for all of its exit
+        timeout. Every answer has been read by now, so nothing is lost by not waiting for such a stream.
+        """
+        server.terminate()
+        now = time.monotonic()
+        limit, stalled, stubs = now + tritonserver.EXIT_TIMEOUT_S + 5.0, now + STALL_S, group_members(server.pid)
+        while server.poll() is None and time.monotonic() < min(limit, stalled):
+            time.sleep(TICK_S)
+            before, stubs = stubs, group_members(server.pid)
+            if stubs != before:
+                stalled = time.monotonic() + STALL_S
+
     def close(self) -> None:
         """End every process and remove what they left."""
-        for part, timeout_s in (
-            (self.front, 10.0),
-            (self.server, tritonserver.EXIT_TIMEOUT_S + 5.0),
-            (self.executor, 5.0),
-        ):
+        for part, timeout_s in ((self.front, 10.0), (self.server, 0.0), (self.executor, 5.0)):
             if part.process is not None:
+                if part is self.server:
+                    self._unload(part.process)
                 status = end(part.process, timeout_s)
                 self._log.info("ended", name=part.name, status=status)
         self.control.close()

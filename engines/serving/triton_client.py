@@ -4,13 +4,14 @@
         for response in client.stream("smc", {"text_input": "The capital of France is", "max_tokens": 16, "stream": True}):
             print(text_of(response), end="")
 
-One call is one gRPC stream, so that a stopped iteration cancels the request; errors have a status of their own.
+Within the `with` block one gRPC stream serves call after call: opening and closing one takes longer than a whole answer's way
+through the server. A stopped iteration cancels its request by ending that stream. Errors have a status of their own.
 """
 
 from __future__ import annotations
 
 import queue
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import tritonclient.grpc as grpcclient
 from smc_adapter import protocol
 from smc_adapter.contracts import CONTRACTS
-from tritonclient.utils import InferenceServerException
+from tritonclient.utils import InferenceServerException, deserialize_bytes_tensor, triton_to_np_dtype
 
 from smc_plugin.errors import SmcError
 
@@ -33,12 +34,14 @@ _NUMPY = {
 }
 # A gRPC stream carries an error as a bare message. The server's own way to a status, the header triton_grpc_error, crashes
 # it (2.51) when an error comes fast, so this asks the adapter to send code and message as outputs instead.
+_ERROR_NAMES = ("error_code", "error_message")
 ERROR_OUTPUTS = {"smc_error_outputs": True}
 _STATUS = {
     protocol.INVALID_ARG: "INVALID_ARGUMENT",
     protocol.UNSUPPORTED: "UNIMPLEMENTED",
     protocol.DEADLINE: "DEADLINE_EXCEEDED",
 }
+_Arrived = queue.SimpleQueue[tuple[Any, InferenceServerException | None]]
 KEEPALIVE = grpcclient.KeepAliveOptions(keepalive_time_ms=60_000)
 
 
@@ -98,11 +101,14 @@ def to_arrays(result: grpcclient.InferResult) -> dict[str, np.ndarray]:
     Raises:
         ServingError: the response is an error.
     """
-    names = [output.name for output in result.get_response().outputs]  # type: ignore[union-attr]
-    read = {name: result.as_numpy(name) for name in names}
-    arrays = {name: array for name, array in read.items() if array is not None}
+    response = result.get_response()
+    arrays = {}
+    for output, data in zip(response.outputs, response.raw_output_contents, strict=True):  # type: ignore[union-attr]
+        is_text = output.datatype == "BYTES"
+        flat = deserialize_bytes_tensor(data) if is_text else np.frombuffer(data, triton_to_np_dtype(output.datatype))
+        arrays[output.name] = flat.reshape(output.shape)
     if "error_code" in arrays:
-        code, message = (str(arrays[name].item().decode()) for name in ("error_code", "error_message"))
+        code, message = (str(arrays[name].item().decode()) for name in _ERROR_NAMES)
         raise ServingError(message, _STATUS.get(code) or code)
     return arrays
 
@@ -120,20 +126,38 @@ def text_of(response: Mapping[str, np.ndarray]) -> str:
 class TritonClient:
     """A connection to a served instance, for one request at a time; leave its context to close it.
 
+    Outside a `with` block every call opens and closes a stream of its own: an open one has a thread, which would keep a
+    program from ending.
+
     Args:
         address: host:port of its gRPC endpoint.
     """
 
     def __init__(self, address: str) -> None:
         self._client = grpcclient.InferenceServerClient(address, keepalive_options=KEEPALIVE)
+        self._keeps_stream = False
+        self._idle: _Arrived | None = None  # what comes on a stream that is open and serves no call
 
     def __enter__(self) -> TritonClient:
+        self._keeps_stream = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._keeps_stream, self._idle = False, None
         self._client.close()
+
+    def _open(self) -> _Arrived:
+        """A stream for one call: the one that the last call left, unless it broke meanwhile."""
+        arrived, self._idle = self._idle, None
+        if arrived is not None:
+            if arrived.empty():
+                return arrived
+            self._client.stop_stream(cancel_requests=True)
+        opened: _Arrived = queue.SimpleQueue()
+        self._client.start_stream(lambda result, error: opened.put((result, error)))
+        return opened
 
     def stream(
         self,
@@ -142,6 +166,7 @@ class TritonClient:
         *,
         request_id: str = "",
         parameters: Mapping[str, Any] | None = None,
+        outputs: Sequence[str] = (),
         timeout_s: float | None = None,
     ) -> Generator[dict[str, np.ndarray], None, None]:
         """Run one request.
@@ -149,19 +174,22 @@ class TritonClient:
         Args:
             values: see make_inputs.
             parameters: request parameters, for example {"smc_timeout_ms": 5000}.
+            outputs: names of those to get, which makes responses cheaper; empty is all.
             timeout_s: how long to wait for each response; None waits for ever.
         Yields:
             the responses' tensors, in order. Leaving the iteration cancels the request.
         Raises:
             ServingError: the server refused or ended it, or nothing came in time.
         """
-        arrived: queue.SimpleQueue[tuple[Any, InferenceServerException | None]] = queue.SimpleQueue()
-        client, ended = self._client, False
+        inputs = make_inputs(model, values)
+        arrived, client, ended = self._open(), self._client, False
         try:
-            client.start_stream(lambda result, error: arrived.put((result, error)))
             client.async_stream_infer(
                 model,
-                make_inputs(model, values),
+                inputs,
+                outputs=[grpcclient.InferRequestedOutput(name) for name in (*outputs, *_ERROR_NAMES)]
+                if outputs
+                else None,
                 request_id=request_id,
                 enable_empty_final_response=True,
                 parameters={**ERROR_OUTPUTS, **(parameters or {})},
@@ -173,12 +201,13 @@ class TritonClient:
             reported = None if arrived.empty() else arrived.get()[1]
             raise to_error(reported or error) from None
         finally:
-            client.stop_stream(cancel_requests=not ended)
+            if ended and self._keeps_stream:
+                self._idle = arrived
+            else:
+                client.stop_stream(cancel_requests=not ended)
 
 
-def _responses(
-    arrived: queue.SimpleQueue[tuple[Any, InferenceServerException | None]], timeout_s: float | None
-) -> Iterator[dict[str, np.ndarray]]:
+def _responses(arrived: _Arrived, timeout_s: float | None) -> Iterator[dict[str, np.ndarray]]:
     while True:
         try:
             result, error = arrived.get(timeout=timeout_s)

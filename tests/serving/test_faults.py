@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from smc_engines.serving import tritonserver
-from smc_engines.serving.triton_client import ServingError
+from smc_engines.serving.triton_client import ServingError, TritonClient
 from smc_engines.serving.tritonserver import check_python, find_installation
 from smc_plugin.errors import ConfigError
-from tests.serving.service import STREAMING, Service, text
+from tests.serving.service import STREAMING, Service, minimal, text
 
 openai = pytest.importorskip("openai", reason="needs requirements/serve-test.txt: run make serve-env")
 
@@ -147,6 +148,34 @@ def test_sigterm_lets_streams_finish(service: Service) -> None:
     thread.join(30)
     assert text(pieces) == want
     assert service.leftovers(state) == []
+
+
+def test_a_kept_stream_outlives_the_server_and_holds_up_nothing(engine: Path, tmp_path: Path) -> None:
+    """An idle stream once kept tritonserver from ending for all of its exit timeout."""
+    service = Service(engine, tmp_path)
+    with TritonClient(service.grpc) as client:
+
+        def works() -> bool:
+            with contextlib.suppress(ServingError):
+                return bool(list(client.stream("smc", minimal("smc"), timeout_s=10)))
+            return False
+
+        assert works()
+        with pytest.raises(ServingError, match="max_tokens must be in"):
+            list(client.stream("smc", {"text_input": "a", "max_tokens": -1}))
+        assert works()
+        answer = client.stream("smc", {**STREAMING, "max_tokens": 400})
+        next(answer)
+        answer.close()
+        service.idle()
+        (response,) = client.stream("smc", minimal("smc"), outputs=["text_output"])
+        assert response.keys() == {"text_output"}
+        os.kill(service.state["processes"]["tritonserver"], signal.SIGKILL)
+        service.wait(works, BACK_S, "the same client works again")
+        state, began = service.state, time.monotonic()
+        assert service.stop() == 0
+        assert time.monotonic() - began < tritonserver.EXIT_TIMEOUT_S
+        assert service.leftovers(state) == []
 
 
 def test_killed_supervisor_takes_everything_with_it(engine: Path, tmp_path: Path) -> None:
