@@ -41,11 +41,12 @@ class Outbox:
     def flush(self) -> Iterator[bytes]:
         """Send what can be sent without waiting; yields the identity of each client that is gone."""
         for identity, queue in list(self._waiting.items()):
+            if not queue:
+                continue
             try:
-                for key, message in list(queue.items()):
-                    fields = {name: value for name, value in message.items() if name != "op"}
-                    self._socket.send_multipart([identity, protocol.encode(message["op"], **fields)], zmq.NOBLOCK)
-                    del queue[key]
+                frame = protocol.encode("batch", messages=list(queue.values()))
+                self._socket.send_multipart([identity, frame], zmq.NOBLOCK)
+                queue.clear()
             except zmq.Again:
                 continue  # this client does not read; its messages wait
             except zmq.ZMQError as error:

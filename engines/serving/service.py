@@ -77,6 +77,7 @@ class ExecutorService:
         self._parted: set[bytes] = set()
         self._lost: dict[int, int] = {}
         self._served: dict[str, _Served] = {}
+        self._ended: list[tuple[_Served, RequestOutput]] = []
         self._waiting_probes: list[tuple[bytes, str]] = []
         self._tally = Tally()
         self._log = Log("executor")
@@ -116,10 +117,12 @@ class ExecutorService:
         self._expire()
         if self._executor.has_work:
             outputs = self._executor.step()
-            self._tally.observe(self._executor.scheduler.running, outputs)
             for output in outputs:
                 self._publish(output)
             self._answer_probes()
+            self._flush()  # what only observes comes after the answers are on their way
+            self._tally.observe(self._executor.scheduler.running, outputs)
+            self._log_ends()
         if time.monotonic() >= self._next_report:
             self._report()
         self._flush()
@@ -134,8 +137,13 @@ class ExecutorService:
         return not self._executor.has_work and (self._outbox.empty or late)
 
     def _receive(self, timeout_ms: int) -> None:
-        while self._socket.poll(timeout_ms):
-            identity, frame = self._socket.recv_multipart()
+        if timeout_ms and not self._socket.poll(timeout_ms):
+            return
+        while True:
+            try:
+                identity, frame = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
             self._clients.setdefault(identity, _Client())
             try:
                 message = protocol.decode(frame)
@@ -145,7 +153,6 @@ class ExecutorService:
                 handler(identity, message)
             except (protocol.ProtocolError, KeyError) as error:
                 self._log.error("bad_message", client=self._clients[identity].model, error=repr(error))
-            timeout_ms = 0
 
     def _on_hello(self, identity: bytes, message: dict[str, Any]) -> None:
         self._clients[identity] = _Client(message["model"], message["pid"])
@@ -309,7 +316,7 @@ class ExecutorService:
         if served.probe:
             self._outbox.put(served.identity, {"op": "probed", "id": output.request_id})
             return
-        self._log_end(served, output)
+        self._ended.append((served, output))
         if output.error is not None:
             self._tally.counts["failed"] += 1
             code = protocol.INTERNAL if isinstance(output.error, NumericalError) else protocol.INVALID_ARG
@@ -369,11 +376,13 @@ class ExecutorService:
             identity, {"op": "output", "id": request_id, "ids": [], "text": "", "finish": "error", "error": error}
         )
 
-    def _log_end(self, served: _Served, output: RequestOutput) -> None:
-        info: RequestInfo | None = output.info
-        figures = {name: getattr(info, name) for name in _LOGGED} if info is not None else {}
-        reason = "deadline" if served.overdue else output.finish_reason
-        self._log.info("finished", id=output.request_id, tag=served.tag, reason=reason, **figures)
+    def _log_ends(self) -> None:
+        for served, output in self._ended:
+            info: RequestInfo | None = output.info
+            figures = {name: getattr(info, name) for name in _LOGGED} if info is not None else {}
+            reason = "deadline" if served.overdue else output.finish_reason
+            self._log.info("finished", id=output.request_id, tag=served.tag, reason=reason, **figures)
+        self._ended.clear()
 
     def _flush(self) -> None:
         for identity in self._outbox.flush():

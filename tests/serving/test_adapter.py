@@ -94,8 +94,8 @@ def test_a_dead_particles_weight_stays_finite() -> None:
 
 
 def test_messages_of_another_version_are_refused_with_a_remedy() -> None:
-    frame = protocol.encode("cancel", id="a").replace(b'"v":1', b'"v":2')
-    with pytest.raises(protocol.ProtocolError, match=re.escape("expected protocol version 1, got 2: serve")):
+    frame = protocol.encode("cancel", id="a").replace(b'"v":2', b'"v":1')
+    with pytest.raises(protocol.ProtocolError, match=re.escape("expected protocol version 2, got 1: serve")):
         protocol.decode(frame)
 
 

@@ -179,7 +179,7 @@ def test_an_unforeseen_error_is_one_requests_own(engine: Path, monkeypatch: pyte
         monkeypatch.setattr(served, "_read", lambda _message: [].pop())
         dealer.send(protocol.encode("submit", id="a", tag="t", prompt={"text": "secret"}, params={}))
         served.turn()
-        answer = protocol.decode(dealer.recv())
+        (answer,) = protocol.decode(dealer.recv())["messages"]
     assert answer["error"]["code"] == protocol.INTERNAL
     assert "got IndexError" in answer["error"]["message"]
 

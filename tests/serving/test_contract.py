@@ -261,3 +261,17 @@ def test_the_printed_client_command_streams(service: Service) -> None:
     done = subprocess.run(shlex.split(command), capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert re.search(r"\[\d+ tokens in .* rounds, .* resamples, log_evidence .*, (stop|length)\]", done.stdout)
+
+
+def test_an_error_reaches_a_client_that_named_other_outputs(service: Service) -> None:
+    """The server drops outputs that were not named: the error would have come as a response with nothing in it."""
+    arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    with grpcclient.InferenceServerClient(service.grpc) as client:
+        client.start_stream(lambda result, error: arrived.put(error))
+        client.async_stream_infer(
+            "smc",
+            make_inputs("smc", {"text_input": "a", "max_tokens": -1}),
+            outputs=[grpcclient.InferRequestedOutput("text_output")],
+            parameters={"smc_error_outputs": True},
+        )
+        assert "max_tokens must be in" in str(arrived.get(timeout=20))

@@ -1,7 +1,7 @@
 """The model behind every model.py: requests of Triton Inference Server to the executor, its outputs back as responses.
 
 Owns the live requests of one model. `execute` checks a request, submits it and returns at once (the models are decoupled);
-the executor client's thread fills mailboxes, a worker sends responses, and a poller notices cancelled requests.
+the executor client's thread fills mailboxes, the sender thread sends responses, and a poller notices cancelled requests.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import contextlib
 import itertools
 import json
 import os
+import queue
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,9 @@ class SmcModel:
         self._numbers = itertools.count()
         self._live: dict[str, tuple[LiveRequest, int]] = {}
         self._probes: dict[str, Any] = {}
-        self._senders = ThreadPoolExecutor(1, thread_name_prefix="sender")
+        self._ready: queue.SimpleQueue[LiveRequest | None] = queue.SimpleQueue()
+        self._sender = threading.Thread(target=self._deliver_all, name="sender", daemon=True)
+        self._sender.start()
         self._closing = threading.Event()
         self._tokens = TokenMetrics(self._name)
         self._metrics = ExecutorMetrics(self._name)
@@ -78,9 +81,12 @@ class SmcModel:
         """Take requests; their responses follow through their senders."""
         for request in requests:
             parameters = json.loads(request.parameters() or "{}")
-            sender = Sender(request.get_response_sender(), bool(parameters.get("smc_error_outputs")))
+            outputs = request.requested_output_names()
+            # the server drops what the client did not name, and an error must not be dropped
+            as_outputs = bool(parameters.get("smc_error_outputs")) and (not outputs or "error_code" in outputs)
+            sender = Sender(request.get_response_sender(), as_outputs)
             try:
-                self._start(request, parameters, sender)
+                self._start(request, parameters, outputs, sender)
             except UnsupportedError as error:
                 self._refuse(request, sender, protocol.UNSUPPORTED, str(error))
             except InputError as error:
@@ -98,9 +104,10 @@ class SmcModel:
         self._poller.join(timeout=5)
         self._client.close()
         self._on_disconnect()
-        self._senders.shutdown(wait=True)
+        self._ready.put(None)
+        self._sender.join()
 
-    def _start(self, request: Any, parameters: dict[str, Any], sender: Sender) -> None:
+    def _start(self, request: Any, parameters: dict[str, Any], outputs: Sequence[str], sender: Sender) -> None:
         if not self._client.connected:
             _fail(sender, protocol.UNAVAILABLE, _GONE)
             return
@@ -110,7 +117,7 @@ class SmcModel:
         if request.timeout() > 0:
             parameters.setdefault("smc_timeout_ms", max(request.timeout() // 1000, 1))
         arrays = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-        parsed = self._contract.parse(arrays, parameters)
+        parsed = self._contract.parse(arrays, parameters, outputs)
         if parsed.stop:
             self._stop(request.request_id(), sender)
         else:
@@ -169,7 +176,7 @@ class SmcModel:
                 if not message.get("finish"):
                     self._client.send(protocol.encode("cancel", id=message["id"]))
             elif entry[0].put(entry[1], message):
-                self._senders.submit(self._deliver, entry[0])
+                self._ready.put(entry[0])
         elif message["op"] == "probed":
             sender = self._probes.pop(message["id"], None)
             if sender is not None:
@@ -189,10 +196,15 @@ class SmcModel:
     def _fail_live(self, live: LiveRequest) -> None:
         error = {"code": protocol.UNAVAILABLE, "message": _GONE}
         if live.put(0, {"ids": [], "text": "", "finish": "error", "error": error}):
-            self._senders.submit(self._deliver, live)
+            self._ready.put(live)
+
+    def _deliver_all(self) -> None:
+        """The sender thread, until `finalize`."""
+        while (live := self._ready.get()) is not None:
+            self._deliver(live)
 
     def _deliver(self, live: LiveRequest) -> None:
-        """A worker: send what waits for one request until nothing does."""
+        """Send what waits for one request until nothing does."""
         while mail := live.take():
             for index, message in mail.items():
                 if live.closed:
@@ -218,12 +230,13 @@ class SmcModel:
             tensors = answers.whole(self._contract, live.parsed, live.answers, self._page_size)
         if piece.answer.finish:
             self._live.pop(live.sub_ids[index], None)
-            self._tokens.observe(piece.answer.info)
         if last:
             self._close(live)
         if tensors is not None:
             response = pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in tensors.items()])
             live.sender.send(response, final=last)
+        if piece.answer.finish:  # after the answer: every figure is a message to the server
+            self._tokens.observe(piece.answer.info)
 
     def _cancel(self, live: LiveRequest) -> None:
         live.cancelled = True

@@ -80,15 +80,20 @@ def _echoed(parsed: Parsed, answer: Answer, ids: list[int]) -> list[int]:
 
 
 def _tensors(contract: Contract, parsed: Parsed, rows: list[list[Piece]], page_size: int) -> dict[str, np.ndarray]:
-    names = {output.name for output in contract.outputs}
-    tensors = {
-        "batch_index": np.array([[row[0].answer.sub.batch_index] for row in rows], np.int32),
-        "sequence_index": np.array([[piece.answer.sub.sequence_index for piece in row] for row in rows], np.int32),
-    }
+    """What the client asked for and the contract promises: every tensor has its price on the way to the client."""
+    names = parsed.outputs or {output.name for output in contract.outputs}
+    tensors = {}
+    if "batch_index" in names:
+        tensors["batch_index"] = np.array([[row[0].answer.sub.batch_index] for row in rows], np.int32)
+    if "sequence_index" in names:
+        tensors["sequence_index"] = np.array(
+            [[piece.answer.sub.sequence_index for piece in row] for row in rows], np.int32
+        )
     if "text_output" in names:
         tensors["text_output"] = np.array([[piece.text.encode() for piece in row] for row in rows], object)
     if "output_ids" in names:
         tensors["output_ids"] = _ragged(rows, lambda piece: piece.ids, np.int32, parsed.pad_id)
+    if "sequence_length" in names:
         tensors["sequence_length"] = np.array([[len(piece.ids) for piece in row] for row in rows], np.int32)
     if all(piece.answer.finish is not None for row in rows for piece in row):
         for name in parsed.wants & names:

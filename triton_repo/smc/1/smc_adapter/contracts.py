@@ -10,7 +10,7 @@ A request of batch size 2 with num_return_sequences 3 becomes 6 sub-requests: (b
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,7 @@ class Parsed:
         stream: send text as it settles, else everything at the end.
         echo_prompt: an answer that is not streamed starts with the prompt.
         wants: names of the optional outputs to send.
+        outputs: names of the outputs that the client named to the server; empty is all.
         stop: cancel the live requests with the same request id instead.
         priority: smaller goes first. timeout_ms: None is no limit.
     """
@@ -62,6 +63,7 @@ class Parsed:
     echo_prompt: bool = False
     pad_id: int = 0
     wants: frozenset[str] = frozenset()
+    outputs: frozenset[str] = frozenset()
     stop: bool = False
     priority: int = 0
     timeout_ms: int | None = None
@@ -91,12 +93,15 @@ class Contract:
     answer: str
     _parse: Callable[[_Row], Parsed]
 
-    def parse(self, arrays: Mapping[str, np.ndarray], parameters: Mapping[str, Any]) -> Parsed:
+    def parse(
+        self, arrays: Mapping[str, np.ndarray], parameters: Mapping[str, Any], outputs: Iterable[str] = ()
+    ) -> Parsed:
         """Check a request and split it.
 
         Args:
             arrays: input tensors by name.
             parameters: the request's own parameters (smc_priority, smc_timeout_ms; others are not for here).
+            outputs: see Parsed.
         Raises:
             InputError: something is wrong or not supported.
         """
@@ -109,7 +114,8 @@ class Contract:
             raise InputError(f"the request asks {limit} answers, expected at most {MAX_SEQUENCES}: split it")
         priority = _parameter(parameters, "smc_priority", parsed.priority, -INT32_MAX, INT32_MAX)
         timeout_ms = _parameter(parameters, "smc_timeout_ms", parsed.timeout_ms, 1, INT32_MAX)
-        return Parsed(**{**vars(parsed), "priority": priority or 0, "timeout_ms": timeout_ms})
+        chosen = {"priority": priority or 0, "timeout_ms": timeout_ms, "outputs": frozenset(outputs)}
+        return Parsed(**{**vars(parsed), **chosen})
 
 
 def _parameter(parameters: Mapping[str, Any], name: str, default: int | None, low: int, high: int) -> int | None:

@@ -1,4 +1,8 @@
-"""The adapter's line to the executor: one thread, one ZeroMQ DEALER socket.
+"""The adapter's line to the executor: one ZeroMQ DEALER socket, read by a thread of its own.
+
+Commands are sent by whoever has one, under a lock, because a hand-over to another thread would cost a request more than the
+sending does. A ZeroMQ socket may go from thread to thread like that; only its file descriptor needs care, which tells of news
+once and not for as long as there are some.
 
 The operating system says at once when the executor is gone (the socket's monitor reports the disconnection), so requests
 in flight fail within milliseconds and new ones are refused until the executor is back; the socket reconnects by itself.
@@ -8,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import socket
 import threading
 from collections.abc import Callable
@@ -41,7 +44,7 @@ class ExecutorClient:
     ) -> None:
         self._on_message, self._on_disconnect = on_message, on_disconnect
         self._hello = protocol.encode("hello", model=model, pid=os.getpid())
-        self._commands: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._lock = threading.Lock()
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
@@ -64,37 +67,47 @@ class ExecutorClient:
         self._thread.start()
 
     def send(self, frame: bytes) -> None:
-        """Queue a command; any thread may call this."""
-        self._commands.put(frame)
-        with contextlib.suppress(BlockingIOError):
-            self._wake_in.send(b"!")
+        """Send a command; any thread may call this. Without an executor it is dropped: on_disconnect answers its request."""
+        with self._lock:
+            with contextlib.suppress(zmq.Again):
+                self._socket.send(frame, zmq.NOBLOCK)
+            unread = self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN  # sending may have taken the reader's signal
+        if unread:
+            self._wake()
 
     def close(self) -> None:
         """Stop the thread and close the sockets."""
         self._closing = True
-        self.send(b"")
+        self._wake()
         self._thread.join(timeout=5)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wake_in.send(b"!")
 
     def _run(self) -> None:
         poller = zmq.Poller()
-        for readable in (self._socket, self._monitor, self._wake_out):
+        for readable in (self._socket.getsockopt(zmq.FD), self._monitor, self._wake_out):
             poller.register(readable, zmq.POLLIN)
         while not self._closing:
-            poller.poll()
-            self._read_monitor()
+            readable = dict(poller.poll())
+            if self._wake_out.fileno() in readable:
+                self._wake_out.recv(4096)
+            if self._monitor in readable:
+                self._read_monitor()
             self._receive()
-            self._send_commands()
-        self._socket.disable_monitor()
-        self._monitor.close(0)
-        self._socket.close(0)
+        with self._lock:
+            self._socket.disable_monitor()
+            self._monitor.close(0)
+            self._socket.close(0)
         self._context.term()
 
     def _read_monitor(self) -> None:
         while self._monitor.poll(0):
             event = parse_monitor_message(self._monitor.recv_multipart())["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self.send(self._hello)
                 self.connected = True
-                self._transmit(self._hello)
             elif self.connected:
                 self.connected = False
                 self._receive()
@@ -103,26 +116,11 @@ class ExecutorClient:
     def _receive(self) -> None:
         while True:
             try:
-                frame = self._socket.recv(zmq.NOBLOCK)
+                with self._lock:
+                    frame = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            message = protocol.decode(frame)
-            self._on_message(message)
-            if message["op"] == "goodbye":  # everything before it was read: the executor may leave
-                self._transmit(protocol.encode("goodbye"))
-
-    def _send_commands(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._wake_out.recv(4096)
-        while True:
-            try:
-                frame = self._commands.get_nowait()
-            except queue.Empty:
-                return
-            if frame:
-                self._transmit(frame)
-
-    def _transmit(self, frame: bytes) -> None:
-        # A command that cannot be sent belongs to an executor that is gone; on_disconnect answers its request.
-        with contextlib.suppress(zmq.Again):
-            self._socket.send(frame, zmq.NOBLOCK)
+            for message in protocol.decode(frame)["messages"]:
+                self._on_message(message)
+                if message["op"] == "goodbye":  # everything before it was read: the executor may leave
+                    self.send(protocol.encode("goodbye"))

@@ -3,10 +3,13 @@
 An adapter (DEALER) and the executor (ROUTER) exchange objects with a version `v` and an operation `op`:
 
     adapter  -> executor   hello, submit, refused, cancel, probe, stats, drain, goodbye
-    executor -> adapter    hello, output, probed, stats, draining, goodbye
+    executor -> adapter    batch of: hello, output, probed, stats, draining, goodbye
 
     >>> decode(encode("cancel", id="smc-71-1"))
-    {'v': 1, 'op': 'cancel', 'id': 'smc-71-1'}
+    {'v': 2, 'op': 'cancel', 'id': 'smc-71-1'}
+
+Everything that a step of the executor has for one adapter travels as one `batch` with `messages`: what a frame costs the
+process that computes does not grow with the streams.
 
 `output` carries what is new for one request (token ids, text), and with the last one a finish reason, and figures or an
 error. Several outputs of one request may be merged into one (`merge`), so that a receiver that falls behind holds at most
@@ -20,7 +23,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-VERSION = 1
+VERSION = 2
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 # Error codes; the names are those of Triton Inference Server where it has one.
 INVALID_ARG = "INVALID_ARG"
@@ -43,7 +47,7 @@ def encode(op: str, **fields: Any) -> bytes:
     Returns:
         one frame.
     """
-    return json.dumps({"v": VERSION, "op": op, **fields}, separators=(",", ":")).encode()
+    return _ENCODER.encode({"v": VERSION, "op": op, **fields}).encode()
 
 
 def decode(frame: bytes) -> dict[str, Any]:
