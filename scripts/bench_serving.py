@@ -9,10 +9,15 @@ or a difference within one pair, so that a machine with other work disturbs both
     outside_ms of a request = its total as its caller sees it - its total_ms inside the executor (queue to last token)
     added_ms of a pair = median outside_ms over gRPC - median outside_ms alone; 2.4 ms means that client, server, adapter and
         messages took 2.4 ms of a request. added_first_ms is the same for the first piece.
-    throughput_overhead of a pair = 1 - served / alone, of tokens a second from the first submission to the last piece
-    executor_cpu_overhead of a pair = processor time a token of the served executor / that of the executor alone - 1: what the
-        messages cost the process that computes, whatever else the machine does
-    rest_cpu_ms_per_request = processor time of tritonserver and its adapters
+    steady = from the moment the last stream has its first piece until the first stream ends: every stream runs
+    throughput_overhead of a pair = 1 - served / alone, of tokens a second while steady; wave_overhead is the same from
+        the first submission to the last piece, where served requests also come one by one instead of all at once
+    executor_cpu_overhead of a pair = processor time a token of the served executor / that of the executor alone - 1, while
+        steady: what the messages cost the process that computes, whatever else the machine does
+    rest_cpu_ms_per_request, client_cpu_ms_per_request = processor time of tritonserver and its adapters, and of the clients
+
+With --own-core either executor computes on the last core and everything else runs on the others, as where a GPU computes.
+With --n 1 every round of every stream settles its tokens and sends a piece: the most that serving can be asked to carry.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,15 +43,32 @@ from smc_engines.sampling_params import SamplingParams
 from smc_engines.serving.triton_client import TritonClient
 
 PROMPT = "The capital of France is"
-TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+# what a client of streamed text reads, and the executor's times, to be taken off
+OUTPUTS = (
+    "text_output",
+    "sequence_length",
+    "finish_reason",
+    *(f"{name}_time_ns" for name in ("arrival", "first_token", "last_token")),
+)
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, 10th and 90th percentile."""
+    """Median, its 95 % confidence interval by ranks, 10th and 90th percentile."""
     ordered = sorted(values)
-    last = len(ordered) - 1
-    low, high = ordered[round(0.1 * last)], ordered[round(0.9 * last)]
-    return {"median": statistics.median(ordered), "p10": low, "p90": high, "count": len(ordered)}
+    last, reach = len(ordered) - 1, 0.98 * len(ordered) ** 0.5
+    ranks = {"low95": last / 2 - reach, "high95": last / 2 + reach, "p10": 0.1 * last, "p90": 0.9 * last}
+    found = {name: ordered[min(max(round(rank), 0), last)] for name, rank in ranks.items()}
+    return {"median": statistics.median(ordered), **found, "count": len(ordered)}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New tokens of a request, when its caller had them, and the executor's processor time then."""
+
+    request: int
+    tokens: int
+    at_s: float
+    cpu_s: float
 
 
 @dataclass
@@ -54,15 +76,34 @@ class Wave:
     """One wave of requests.
 
     Args:
-        seconds: from the first submission to the last piece. executor_cpu_s, rest_cpu_s: processor time.
+        seconds: from the first submission to the last piece. rest_cpu_s, client_cpu_s: processor time.
         requests: times of each request in ms.
     """
 
-    tokens: int = 0
     seconds: float = 0.0
-    executor_cpu_s: float = 0.0
     rest_cpu_s: float = 0.0
+    client_cpu_s: float = 0.0
     requests: list[dict[str, float]] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """All of them."""
+        return sum(piece.tokens for piece in self.pieces)
+
+    def steady(self) -> tuple[float, float]:
+        """Seconds and processor seconds of the executor for a token while every stream runs."""
+        ordered = sorted(self.pieces, key=lambda piece: piece.at_s)
+        firsts, lasts = {}, {}
+        for index, piece in enumerate(ordered):
+            firsts.setdefault(piece.request, index)
+            lasts[piece.request] = index
+        start, end = max(firsts.values()), min(lasts.values())
+        if end <= start:
+            raise SystemExit("the streams did not run side by side, expected them to: raise --max-tokens, or lower --n")
+        tokens = sum(piece.tokens for piece in ordered[start + 1 : end + 1])
+        first, last = ordered[start], ordered[end]
+        return (last.at_s - first.at_s) / tokens, (last.cpu_s - first.cpu_s) / tokens
 
 
 @dataclass(frozen=True)
@@ -72,6 +113,14 @@ class Served:
     address: str
     executor: int
     rest: tuple[int, ...]
+
+
+def pin(pid: int, last: bool) -> None:
+    """Keep a process, all threads that it has now, on the last core or off it."""
+    *others, own = sorted(os.sched_getaffinity(os.getppid()))
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(ProcessLookupError):  # a thread may have ended
+            os.sched_setaffinity(int(task.name), {own} if last else others)
 
 
 def sampling(options: argparse.Namespace, number: int) -> dict[str, Any]:
@@ -87,28 +136,35 @@ def sampling(options: argparse.Namespace, number: int) -> dict[str, Any]:
 
 
 def cpu_s(pid: int) -> float:
-    """Processor time of a process so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) * TICK_S
+    """Processor time of a process so far, by its clock (Linux; /proc counts in steps of 10 ms)."""
+    return time.clock_gettime((~pid << 3) | 2)
 
 
 def wave_alone(executor: Executor, options: argparse.Namespace, streams: int) -> Wave:
     """All requests at once through the executor in this process."""
     wave, starts = Wave(), {}
     rows: dict[str, dict[str, float]] = {}
-    cpu, started = time.process_time(), time.perf_counter()
+    if options.own_core:
+        pin(os.getpid(), last=True)
+    started = time.perf_counter()
     for number in range(streams):
         starts[f"r{number}"] = time.perf_counter()
         executor.submit(f"r{number}", PROMPT, SamplingParams(**sampling(options, number)))
     while executor.has_work:
-        for output in executor.step():
-            wave.tokens += len(output.new_token_ids)
-            elapsed_ms = 1e3 * (time.perf_counter() - starts[output.request_id])
+        outputs = executor.step()
+        now, cpu, new = time.perf_counter(), time.process_time(), dict.fromkeys((o.request_id for o in outputs), 0)
+        for output in outputs:
+            new[output.request_id] += len(output.new_token_ids)
+            elapsed_ms = 1e3 * (now - starts[output.request_id])
             row = rows.setdefault(output.request_id, {"first_ms": elapsed_ms})
             if output.info is not None:
                 row["outside_first_ms"] = row["first_ms"] - output.info.first_token_ms
                 row["outside_ms"] = elapsed_ms - output.info.total_ms
-    wave.seconds, wave.executor_cpu_s = time.perf_counter() - started, time.process_time() - cpu
+        # one piece a step, as serving sends them: a request's first step has its first token and its first round
+        wave.pieces += [Piece(int(request_id[1:]), tokens, now, cpu) for request_id, tokens in new.items()]
+    wave.seconds = time.perf_counter() - started
+    if options.own_core:
+        pin(os.getpid(), last=False)
     wave.requests = list(rows.values())
     return wave
 
@@ -118,12 +174,12 @@ def wave_served(served: Served, options: argparse.Namespace, clients: list[Trito
     wave, lock = Wave(), threading.Lock()
 
     def run(number: int, client: TritonClient) -> None:
-        row, tokens = one_request(client, options, number)
+        row, pieces = one_request(client, options, number, served.executor)
         with lock:
             wave.requests.append(row)
-            wave.tokens += tokens
+            wave.pieces += pieces
 
-    cpu, rest = cpu_s(served.executor), sum(map(cpu_s, served.rest))
+    cpu, rest = time.process_time(), sum(map(cpu_s, served.rest))
     threads = [threading.Thread(target=run, args=pair) for pair in enumerate(clients)]
     started = time.perf_counter()
     for thread in threads:
@@ -131,25 +187,27 @@ def wave_served(served: Served, options: argparse.Namespace, clients: list[Trito
     for thread in threads:
         thread.join()
     wave.seconds = time.perf_counter() - started
-    wave.executor_cpu_s, wave.rest_cpu_s = cpu_s(served.executor) - cpu, sum(map(cpu_s, served.rest)) - rest
+    wave.client_cpu_s, wave.rest_cpu_s = time.process_time() - cpu, sum(map(cpu_s, served.rest)) - rest
     return wave
 
 
-def one_request(client: TritonClient, options: argparse.Namespace, number: int) -> tuple[dict[str, float], int]:
-    """One streamed request: its times in ms, as the client and as the executor saw them, and its tokens."""
+def one_request(
+    client: TritonClient, options: argparse.Namespace, number: int, executor: int
+) -> tuple[dict[str, float], list[Piece]]:
+    """One streamed request: its times in ms, as the client and as the executor saw them, and its pieces."""
     values = {**sampling(options, number), "text_input": PROMPT, "stream": True, "return_perf_metrics": True}
-    began, first, last = time.perf_counter(), 0.0, {}
-    for response in client.stream("smc", values):
-        first = first or time.perf_counter()
+    began, pieces, last = time.perf_counter(), [], {}
+    for response in client.stream("smc", values, outputs=OUTPUTS):
+        pieces.append(Piece(number, response["sequence_length"].item(), time.perf_counter(), cpu_s(executor)))
         last = response
-    total_ms, first_ms = 1e3 * (time.perf_counter() - began), 1e3 * (first - began)
+    total_ms, first_ms = 1e3 * (time.perf_counter() - began), 1e3 * (pieces[0].at_s - began)
     times = {name: last[f"{name}_time_ns"].item() / 1e6 for name in ("arrival", "first_token", "last_token")}
     row = {
         "first_ms": first_ms,
         "outside_first_ms": first_ms - (times["first_token"] - times["arrival"]),
         "outside_ms": total_ms - (times["last_token"] - times["arrival"]),
     }
-    return row, last["num_output_tokens"].item()
+    return row, pieces
 
 
 @contextmanager
@@ -179,34 +237,38 @@ def serve(engine: str, threads: int) -> Iterator[Served]:
 
 def measure(options: argparse.Namespace, executor: Executor, served: Served, streams: int) -> dict[str, Any]:
     """Pairs of waves with a number of streams."""
-    clients = [TritonClient(served.address) for _ in range(streams)]
-    sides = [lambda: wave_alone(executor, options, streams), lambda: wave_served(served, options, clients)]
-    for side in sides:
-        side()  # warm
     pairs: list[tuple[Wave, Wave]] = []
-    for number in range(options.repeats):
-        order = (0, 1) if number % 2 == 0 else (1, 0)
-        waves = {index: sides[index]() for index in order}
-        if waves[0].tokens != waves[1].tokens:
-            raise SystemExit(f"{waves[0].tokens} tokens came alone and {waves[1].tokens} served, expected equal: a bug")
-        pairs.append((waves[0], waves[1]))
-        print(f"  {streams} streams, pair {number + 1} of {options.repeats}", file=sys.stderr)
-    for client in clients:
-        with client:
-            pass
+    with ExitStack() as stack:
+        clients = [stack.enter_context(TritonClient(served.address)) for _ in range(streams)]
+        sides = [lambda: wave_alone(executor, options, streams), lambda: wave_served(served, options, clients)]
+        for side in sides:
+            side()  # warm
+        for number in range(options.repeats):
+            order = (0, 1) if number % 2 == 0 else (1, 0)
+            waves = {index: sides[index]() for index in order}
+            if waves[0].tokens != waves[1].tokens:
+                raise SystemExit(
+                    f"{waves[0].tokens} tokens came alone and {waves[1].tokens} served, expected equal: a bug"
+                )
+            pairs.append((waves[0], waves[1]))
+            print(f"  {streams} streams, pair {number + 1} of {options.repeats}", file=sys.stderr)
     alone, over = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    per_token = [b.executor_cpu_s * a.tokens / (b.tokens * a.executor_cpu_s) - 1 for a, b in pairs]
+    steady = [(a.steady(), b.steady()) for a, b in pairs]
 
     def added(name: str) -> dict[str, float]:
         middle = [[statistics.median(row[name] for row in wave.requests) for wave in pair] for pair in pairs]
         return spread([served - alone for alone, served in middle])
 
     return {
-        "executor_tokens_per_s": spread([wave.tokens / wave.seconds for wave in alone]),
-        "served_tokens_per_s": spread([wave.tokens / wave.seconds for wave in over]),
-        "throughput_overhead": spread([1 - a.seconds / b.seconds for a, b in pairs]),
-        "executor_cpu_overhead": spread(per_token),
+        "executor_tokens_per_s": spread([1 / a[0] for a, _ in steady]),
+        "served_tokens_per_s": spread([1 / b[0] for _, b in steady]),
+        "throughput_overhead": spread([1 - a[0] / b[0] for a, b in steady]),
+        "wave_overhead": spread([1 - a.seconds / b.seconds for a, b in pairs]),
+        "executor_cpu_overhead": spread([b[1] / a[1] - 1 for a, b in steady]),
+        "executor_cpu_us_per_token": spread([1e6 * b[1] for _, b in steady]),
+        "pieces_per_request": statistics.mean(len(wave.pieces) / streams for wave in over),
         "rest_cpu_ms_per_request": spread([1e3 * wave.rest_cpu_s / streams for wave in over]),
+        "client_cpu_ms_per_request": spread([1e3 * wave.client_cpu_s / streams for wave in over]),
         "executor_first_ms": spread([row["first_ms"] for wave in alone for row in wave.requests]),
         "served_first_ms": spread([row["first_ms"] for wave in over for row in wave.requests]),
         "added_first_ms": added("outside_first_ms"),
@@ -225,6 +287,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=2)
     parser.add_argument("--k", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1, help="torch threads of either executor")
+    parser.add_argument("--own-core", action="store_true", help="keep everything else off the executor's core (Linux)")
     parser.add_argument("--quick", action="store_true", help="one short pair, to see that it works")
     options = parser.parse_args()
     if options.quick:
@@ -235,6 +298,9 @@ def main() -> None:
     executor = Executor.from_engine_dir(options.engine)
     load = os.getloadavg()[0]
     with serve(options.engine, options.threads) as served:
+        if options.own_core:
+            for pid in (os.getpid(), served.executor, *served.rest):
+                pin(pid, last=pid == served.executor)
         result = {f"{count} streams": measure(options, executor, served, count) for count in options.streams}
     report = {
         "engine": Path(options.engine).name,
@@ -245,7 +311,7 @@ def main() -> None:
         "niceness": os.nice(0),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: getattr(options, name) for name in ("repeats", "max_tokens", "n", "k", "threads")},
+        **{name: getattr(options, name) for name in ("repeats", "max_tokens", "n", "k", "threads", "own_core")},
         "result": result,
     }
     text = json.dumps(report, indent=2)
