@@ -170,7 +170,10 @@ def test_a_batch_that_cannot_run_together_is_refused(models: Path) -> None:
         (["--modes", "target,smcc"], "--modes names 'smcc', expected some of target, speculative, smc: correct it"),
         (["--sweep-n", "4,x"], "--sweep-n is '4,x', expected positive numbers such as 1,2,4: correct it"),
         (["--repeats", "0"], "--repeats is 0, expected at least 1: raise it"),
-        (["--profile", "--device", "cpu"], "--profile and --trace record kernels of a CUDA device, this run uses the CPU"),
+        (
+            ["--profile", "--device", "cpu"],
+            "--profile and --trace record kernels of a CUDA device, this run uses the CPU",
+        ),
         (["--prompt", "hello"], "--prompt needs a tokenizer, --preset has none"),
     ],
 )
