@@ -151,8 +151,9 @@ def test_who_runs_follows_the_tactics(monkeypatch: pytest.MonkeyPatch, tuned_pla
     assert who("block", 500) == ("plans" if tuned_plans else "torch")
 
 
-def test_tuning_without_a_gpu_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("tests/gpu/test_tuning.py tunes")
+def test_tuning_without_a_gpu_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["--tune", str(tmp_path)]) == 1
     assert "needs a CUDA GPU" in capsys.readouterr().err
