@@ -3,7 +3,8 @@
 A round depends on device state only, so the host can start the next one before it has read the last. `Launcher.launch`
 returns at once with a `Flight`; `Flight.land` waits for that round's summary, not for later ones.
 
-Graphs are captured once per (kind of round, batch bucket). A batch of 3 runs in the bucket of 4, padded with the spare slot.
+Graphs are captured once per (kind of round, batch bucket, context bucket). A batch of 3 runs in the bucket of 4, padded with
+the spare slot; attention is cut into fewer programs for contexts of up to 1024 tokens than for longer ones.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from smc_engines.rounds import RoundContext, RoundKind, RoundSummary, run_round
 from smc_plugin.group_state import GroupState
 
 _WARM_UP_ROUNDS = 3
+_CONTEXTS = (1024, 4096, 16384)  # tokens
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Launcher:
     def __init__(self, state: GroupState, device: torch.device) -> None:
         self._state = state
         self._device = device
-        self._graphs: dict[tuple[RoundKind, int], _CapturedRound] = {}
+        self._graphs: dict[tuple[RoundKind, int, int], _CapturedRound] = {}
 
     def launch(self, context: RoundContext, slots: Sequence[int]) -> Flight:
         """Start a round for some slots."""
@@ -56,10 +58,11 @@ class Launcher:
         spare = self._state.slot.shape[0] - 1
         bucket = min(1 << (len(slots) - 1).bit_length(), max(spare, 1))
         padded = [*slots, *[spare] * (bucket - len(slots))]
-        key = (context.kind, bucket)
+        # A captured round is replayed when contexts have grown, so it must see the longest of its bucket.
+        longest = (self._state.block_table.shape[-1] - 1) * context.target.page_size
+        longest = min([tokens for tokens in _CONTEXTS if context.max_context <= tokens < longest], default=longest)
+        key = (context.kind, bucket, longest)
         if key not in self._graphs:
-            # A captured round is replayed when contexts have grown, so it must see the longest.
-            longest = (self._state.block_table.shape[-1] - 1) * context.target.page_size
             context = replace(context, max_context=longest)
             self._graphs[key] = _CapturedRound(context, self._state, bucket, spare)
         return self._graphs[key].replay(padded)

@@ -54,7 +54,15 @@ class PagedModel:
     def _run(self, region: str, layer: int | None = None, **activations: Tensor) -> dict[str, Tensor]:
         return self.regions.run(region, layer, activations)
 
-    def forward(self, tokens: Tensor, start: Tensor, block_table: Tensor, max_context: int, offset: int = 0) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        start: Tensor,
+        block_table: Tensor,
+        max_context: int,
+        offset: int = 0,
+        shared: Tensor | None = None,
+    ) -> Tensor:
         """Run B sequences of Q tokens.
 
         Args:
@@ -62,11 +70,12 @@ class PagedModel:
             start, offset: [B] int64 plus a number, position of each sequence's first token.
             block_table: [B, C] int32, pages that cover positions 0 to start + offset + Q - 1.
             max_context: an upper bound on start + offset + Q that the host knows.
+            shared: [G] int64, leading pages that each group of B / G sequences has in common (pages.count_shared), or None.
         Returns:
             [B, Q, hidden] after the final norm.
         """
         context = self.kernels.attention.make_context(
-            start, tokens.shape[1], block_table, self.page_size, self._inv_freq, max_context, offset
+            start, tokens.shape[1], block_table, self.page_size, self._inv_freq, max_context, offset, shared
         )
         residual = self.kernels.embedding.embed(tokens.reshape(-1), self._embedding)
         qkv = self._run("entry", x=residual)["qkv"]

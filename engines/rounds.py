@@ -165,8 +165,10 @@ def run_round(context: RoundContext, state: GroupState, slots: Tensor) -> Tensor
         *(context.ref_count, opened.block_table, opened.num_blocks, opened.needed_blocks),
         kind.num_draft_tokens // page_size + 2,
     )
-    draft = _propose(context, state, slots, opened)
-    score = _score(context, state, slots, opened, draft)
+    # Pages that no particle will write again are read once a group.
+    shared = kernels.pages.count_shared(opened.block_table) if kind.num_particles > 1 else None
+    draft = _propose(context, state, slots, opened, shared)
+    score = _score(context, state, slots, opened, draft, shared)
     end, failed = kernels.groups.find_ends(state, slots, draft.tokens, draft.lse, score.lse, context.stop_tables)
     weigh = _verify if kind.speculative else _weigh
     weighed, bonus = weigh(context, opened, draft, score, end, failed)
@@ -283,7 +285,7 @@ def _constant(value: int, rows: int, device: torch.device) -> Tensor:
     return torch.full((rows,), value, device=device)
 
 
-def _propose(context: RoundContext, state: GroupState, slots: Tensor, opened: Opened) -> Draft:
+def _propose(context: RoundContext, state: GroupState, slots: Tensor, opened: Opened, shared: Tensor | None) -> Draft:
     """Draw K tokens a particle from the draft, in K passes (one more in the legacy schedule)."""
     (groups, particles), k = opened.finished.shape, context.kind.num_draft_tokens
     draft, sampling, table = context.draft, context.kernels.sampling, opened.block_table.flatten(0, 1)
@@ -295,7 +297,7 @@ def _propose(context: RoundContext, state: GroupState, slots: Tensor, opened: Op
         inputs, offset = opened.inputs[:, 1:], 0
     drawn, kept = [], []
     for step in range(k):
-        hidden = draft.forward(inputs, opened.position, table, context.max_context, offset)
+        hidden = draft.forward(inputs, opened.position, table, context.max_context, offset, shared)
         logits, heat = draft.logits(hidden[:, -1]), opened.draft_temperature
         logits, heat = _shape(context, state, slots, logits, heat, opened.generated + step)
         name = _name(opened, random.PURPOSE_DRAFT + random.PURPOSE_STRIDE * step)
@@ -304,7 +306,7 @@ def _propose(context: RoundContext, state: GroupState, slots: Tensor, opened: Op
             kept.append(logits if heat is None else sampling.scale(logits, heat))
         inputs, offset = drawn[-1].tokens[:, None], 1 + step
     if context.kind.draft_schedule == "legacy":
-        draft.forward(inputs, opened.position, table, context.max_context, offset)
+        draft.forward(inputs, opened.position, table, context.max_context, offset, shared)
     shape = (groups, particles, k)
     return Draft(
         torch.stack([each.tokens for each in drawn], dim=-1).view(shape),
@@ -314,11 +316,15 @@ def _propose(context: RoundContext, state: GroupState, slots: Tensor, opened: Op
     )
 
 
-def _score(context: RoundContext, state: GroupState, slots: Tensor, opened: Opened, draft: Draft) -> Score:
+def _score(
+    context: RoundContext, state: GroupState, slots: Tensor, opened: Opened, draft: Draft, shared: Tensor | None
+) -> Score:
     """Score [frontier, d1..dK] with the target in one pass."""
     groups, particles, k = draft.tokens.shape
     inputs = torch.cat([opened.inputs[:, 1:], draft.tokens.flatten(0, 1)], dim=1)
-    hidden = context.target.forward(inputs, opened.position, opened.block_table.flatten(0, 1), context.max_context)
+    hidden = context.target.forward(
+        inputs, opened.position, opened.block_table.flatten(0, 1), context.max_context, shared=shared
+    )
     index = opened.generated[:, None] + torch.arange(k + 1, device=slots.device)
     logits, heat = context.target.logits(hidden).flatten(0, 1), per_row(opened.temperature, k + 1)
     logits, heat = _shape(context, state, slots, logits, heat, index.reshape(-1))

@@ -317,7 +317,7 @@ def candidate_tactics(product: Product, gpu: Gpu) -> list[Tactic]:
     """Tactics worth timing, the default first.
 
     Tiles that fit a multiprocessor; the inner dimension is split until there are about as many programs as multiprocessors,
-    and once further.
+    once less and once more.
     """
     rows, columns, inner, sms = product.rows, product.columns, product.inner, gpu.sm_count
     tile_rows = min(128, max(16, next_power_of_2(rows)))
@@ -334,8 +334,9 @@ def candidate_tactics(product: Product, gpu: Gpu) -> list[Tactic]:
         splits = 1
         while programs * splits * 4 <= 3 * sms and inner // (splits * 2) >= 2 * tile_inner:
             splits *= 2
-        more = 2 * splits
-        for parts in (splits, more) if programs * more <= 3 * sms and inner // more >= 2 * tile_inner else (splits,):
+        fewer, more = max(1, splits // 2), 2 * splits
+        can_more = programs * more <= 3 * sms and inner // more >= 2 * tile_inner
+        for parts in (splits, fewer, more) if can_more else (splits, fewer):
             prefetch = _prefetch_rows(product, tile_columns, inner // parts)
             found.append(Tactic(tile_rows, tile_columns, tile_inner, parts, _warps(tile_rows), stages, prefetch))
     return list(dict.fromkeys(found))

@@ -19,7 +19,7 @@ from torch import Tensor
 from smc_plugin.kernels.launch import cdiv, launch, let_next_start, next_power_of_2, wait_for_inputs
 from smc_plugin.reference.pages import TRASH_PAGE
 
-__all__ = ["TRASH_PAGE", "copy_pages", "fork", "release", "reserve"]
+__all__ = ["TRASH_PAGE", "copy_pages", "count_shared", "fork", "release", "reserve"]
 
 _SCAN_BLOCK = 4096
 _COLUMN_BLOCK = 128
@@ -184,6 +184,36 @@ def _copy_kernel(
         tl.store(base + put * page_words + word, values, mask=valid)
 
 
+@triton.jit
+def _shared_kernel(
+    block_table,
+    group_stride,
+    particle_stride,
+    shared_out,
+    num_particles,
+    num_columns,
+    PARTICLES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_inputs(PDL)
+    let_next_start(PDL)
+    group = tl.program_id(0)
+    particle = tl.minimum(tl.arange(0, PARTICLES), num_particles - 1)
+    first = block_table + group * group_stride
+    shared = tl.full([], 0, tl.int32)
+    start = tl.full([], 0, tl.int32)
+    while shared == start:
+        column = start + tl.arange(0, BLOCK)
+        valid = column < num_columns
+        leads = tl.load(first + column, mask=valid, other=0)
+        pages = tl.load(first + particle[:, None] * particle_stride + column[None, :], mask=valid[None, :], other=-1)
+        differs = tl.max((pages != leads[None, :]).to(tl.int32), axis=0)
+        shared += tl.min(tl.where(differs > 0, column - start, BLOCK), axis=0)
+        start += BLOCK
+    tl.store(shared_out + group, shared.to(tl.int64))
+
+
 def _strides(block_table: Tensor) -> tuple[int, int]:
     """Element strides of groups and particles; the columns of a table are contiguous."""
     assert block_table.stride(2) == 1, "a block table's columns must be contiguous"
@@ -253,6 +283,21 @@ def fork(ref_count: Tensor, block_table: Tensor, ancestors: Tensor, shared_block
         num_warps=1,
     )
     return source, destination
+
+
+def count_shared(block_table: Tensor) -> Tensor:
+    """Leading columns in which a group's block tables agree; see the reference."""
+    groups, num_particles, columns = block_table.shape
+    shared = torch.empty(groups, dtype=torch.int64, device=block_table.device)
+    launch(
+        _shared_kernel,
+        (groups,),
+        *(block_table, *_strides(block_table), shared, num_particles, columns),
+        PARTICLES=next_power_of_2(num_particles),
+        BLOCK=min(_COLUMN_BLOCK, next_power_of_2(columns)),
+        num_warps=4,
+    )
+    return shared
 
 
 def release(ref_count: Tensor, block_table: Tensor, num_blocks: Tensor) -> None:

@@ -41,6 +41,7 @@ def make_context(
     inv_freq: Tensor,
     max_context: int,
     offset: int = 0,
+    shared: Tensor | None = None,
 ) -> AttentionContext:
     """Prepare a forward pass.
 
@@ -49,6 +50,7 @@ def make_context(
         block_table: [B, C] int32.
         inv_freq: [head_dim / 2] float32, radians per position.
         max_context: no sequence is longer than this after the pass; bounds how much is gathered.
+        shared: not needed here; see the kernels.
     """
     start = start + offset
     positions = start[:, None] + torch.arange(num_queries, device=start.device)

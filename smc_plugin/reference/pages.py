@@ -72,6 +72,18 @@ def fork(ref_count: Tensor, block_table: Tensor, ancestors: Tensor, shared_block
     return torch.where(moved, source, TRASH_PAGE), torch.where(moved, destination, TRASH_PAGE)
 
 
+def count_shared(block_table: Tensor) -> Tensor:
+    """Leading columns in which a group's block tables agree.
+
+    Args:
+        block_table: [G, N, B + 1] int32.
+    Returns:
+        [G] int64; unused columns may agree too, so take only those before a position that all particles have reached.
+    """
+    agree = (block_table == block_table[:, :1]).all(dim=1)
+    return agree.long().cumprod(dim=1).sum(dim=1)
+
+
 def release(ref_count: Tensor, block_table: Tensor, num_blocks: Tensor) -> None:
     """Give up every page of some groups; their block tables point at the trash page afterwards.
 

@@ -172,6 +172,32 @@ def exact_attention(qkv: Tensor, cache: Tensor, start: Tensor, table: Tensor, qu
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("groups", "size", "queries"), [(1, 8, 1), (1, 8, 2), (1, 8, 9), (3, 4, 9), (4, 16, 1)])
+def test_attention_reads_shared_pages_once(head_dim: int, groups: int, size: int, queries: int) -> None:
+    """Groups that share 0, a few and many pages; counters left at zero."""
+    kv_heads, own, batch = 8, 60, groups * size
+    held = torch.tensor([130, 3, 40])[torch.arange(groups) % 3].to(DEVICE)
+    columns = 130 + own // 16 + 3
+    table = torch.arange(1, batch * columns + 1, device=DEVICE, dtype=I32).view(groups, size, columns)
+    shared = torch.arange(columns, device=DEVICE) < held[:, None, None]
+    table = torch.where(shared, table[:, :1], table).view(batch, columns)
+    start = (held * 16 + own).repeat_interleave(size)
+    cache = normal(2, batch * columns + 1, 16, kv_heads, head_dim)
+    qkv = normal(batch * queries, (32 + 2 * kv_heads) * head_dim)
+    inv_freq = 500000.0 ** -(torch.arange(head_dim // 2, device=DEVICE) / (head_dim // 2))
+    expected = exact_attention(qkv, cache.clone(), start, table, queries, inv_freq)
+
+    def run() -> Tensor:
+        context = attention.make_context(start, queries, table, 16, inv_freq, 3000, shared=held)
+        return attention.attend(qkv, cache, context, 32)
+
+    assert relative_error(captured(run, lambda out: out.fill_(float("nan"))), expected) < 1e-2
+    assert not launch.counters(qkv.device, 1).any()
+    assert torch.equal(pages_reference.count_shared(table.view(groups, size, -1)), held)
+    assert torch.equal(pages.count_shared(table.view(groups, size, -1)), held)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("batch", "queries"), [(1, 1), (8, 1), (8, 2), (8, 9), (64, 9), (2, 300)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, F32])
 def test_attention(head_dim: int, batch: int, queries: int, dtype: torch.dtype) -> None:

@@ -3,6 +3,7 @@
 The interpreter multiplies bfloat16 matrices by their bit patterns, so that bfloat16 is checked on a GPU only.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from smc_plugin.errors import ConfigError
 from smc_plugin.kernels import attention as kernels
 from smc_plugin.reference import attention
+from smc_plugin.reference import pages as reference_pages
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3}
 
@@ -147,6 +149,27 @@ def test_particles_share_prompt_pages() -> None:
     case.table[1, :2] = case.table[0, :2]
     case.cache[:, case.table[1, 2].long(), :3] = 0.5
     check(case)
+
+
+@pytest.mark.parametrize(("num_queries", "group_size", "lead"), [(1, 8, 100), (2, 3, 64), (5, 4, 150), (9, 3, 40)])
+def test_shared_pages_are_read_once_a_group(
+    num_queries: int, group_size: int, lead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two groups: one shares its first `lead` positions' whole pages, the other none. Parts are short, so there are many."""
+    monkeypatch.setattr(kernels, "_LEAST_SHARED", 32)
+    monkeypatch.setattr(kernels, "_LEAST_CHUNK", 32)
+    starts = [lead + 21] * group_size + [70] * group_size
+    case = make_pass(starts, num_queries, heads=(8, 2))
+    pages = lead // case.page_size
+    case.table[1:group_size, :pages] = case.table[0, :pages]
+    expected, cache = case.expected()
+    shared = reference_pages.count_shared(case.table.view(2, group_size, -1))
+    assert shared.tolist() == [pages, 0]
+    ours = case.cache.clone()
+    context = dataclasses.replace(case.context(kernels), shared=shared)
+    assert_same(kernels.attend(case.qkv, ours, context, case.num_heads), expected)
+    torch.testing.assert_close(ours, cache, rtol=3e-6, atol=3e-6, equal_nan=True)
+    assert not kernels.counters(ours.device, 1).any()
 
 
 def test_what_the_tiles_cannot_hold_is_refused() -> None:

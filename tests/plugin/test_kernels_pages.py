@@ -75,6 +75,17 @@ def test_fork_and_release_keep_the_counts_of_the_reference() -> None:
         assert ours[0].sum() == 1  # all but the trash page are free again
 
 
+def test_shared_columns_are_counted_up_to_the_first_that_differs() -> None:
+    """Equal tables agree everywhere, also past the block that a program looks at in one turn."""
+    table = torch.arange(300, dtype=I32).repeat(4, 3, 1)
+    table[1, 2, 0] = 9
+    table[2, 1, 131] = 0
+    table[2, 0, 200] = 0
+    expected = [300, 0, 131, 300]
+    assert pages.count_shared(table).tolist() == expected
+    assert kernels.count_shared(table).tolist() == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_copy_pages(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(4)
