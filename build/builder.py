@@ -32,13 +32,13 @@ from smc_build.engine_dir import (
     weight_file,
     write_manifest,
 )
-from smc_build.plan import BuildOptions, BuildPlan, check_buildable, make_plan
+from smc_build.plan import BuildOptions, BuildPlan, check_buildable, make_plan, with_own_head
 from smc_build.plans import build_plans, plan_file, plan_table
 from smc_build.presets import ModelSource, fetch
 from smc_build.shard_file import FileEntry, hash_file, write_shard
 from smc_build.tensorrt_api import find
 from smc_build.tokenizer_files import check_fits_vocabulary, check_same_tokenizer, copy_tokenizer
-from smc_build.weights import random_weights, weight_shapes
+from smc_build.weights import random_weights, weight_bytes, weight_shapes
 from smc_plugin.errors import CheckpointError
 
 __all__ = ["BuildOptions", "Progress", "Quiet", "WeightSource", "build_engine", "random_engine"]
@@ -126,19 +126,19 @@ def random_engine(options: BuildOptions) -> tuple[Manifest, WeightSource]:
     """
     plan = make_plan(replace(options, random_weights=True))
     entries = {
-        role: ModelEntry(model.config, _source_name(model), _source_hash(model, plan.options, role))
-        for role, model in _roles(plan)
+        role: _entry(plan, role, model, _source_hash(model, plan.options, role)) for role, model in plan.roles
     }
 
     def weights(role: Role, device: torch.device) -> dict[str, torch.Tensor]:
-        return dict(random_weights(entries[role].config, plan.dtype, _seed(plan.options, role), device))
+        entry = entries[role]
+        return dict(random_weights(entry.config, entry.precision, _seed(plan.options, role), device))
 
     return _manifest(plan, entries["target"], entries.get("draft"), {}), weights
 
 
 def _fetch(plan: BuildPlan) -> BuildPlan:
-    fetched = {role: fetch(model) for role, model in _roles(plan)}
-    for role, model in _roles(plan):
+    fetched = {role: with_own_head(fetch(model), plan.precisions[role]) for role, model in plan.roles}
+    for role, model in plan.roles:
         if fetched[role].config != model.config and model.preset is not None:
             _check_same_shapes(model, fetched[role])
     return BuildPlan(**{**vars(plan), **fetched})
@@ -167,7 +167,7 @@ def _open_checkpoints(plan: BuildPlan) -> Iterator[dict[Role, Checkpoint]]:
     opened: dict[Role, Checkpoint] = {}
     try:
         if not plan.options.random_weights:
-            for role, model in _roles(plan):
+            for role, model in plan.roles:
                 assert model.folder is not None
                 opened[role] = Checkpoint(model.folder)
         yield opened
@@ -181,11 +181,11 @@ def _write_engine(plan: BuildPlan, checkpoints: dict[Role, Checkpoint], folder: 
     entries: dict[str, ModelEntry | None] = {"target": None, "draft": None}
     # Hashing the sources reads every file once more; it runs beside the writing, in a thread of its own.
     with ThreadPoolExecutor(max_workers=1) as pool:
-        hashes = {role: pool.submit(_source_hash, model, plan.options, role) for role, model in _roles(plan)}
-        for role, model in _roles(plan):
+        hashes = {role: pool.submit(_source_hash, model, plan.options, role) for role, model in plan.roles}
+        for role, model in plan.roles:
             files.update(_write_model(plan, role, model, checkpoints.get(role), folder, progress))
-        for role, model in _roles(plan):
-            entries[role] = ModelEntry(model.config, _source_name(model), hashes[role].result())
+        for role, model in plan.roles:
+            entries[role] = _entry(plan, role, model, hashes[role].result())
     if plan.target.folder is not None:
         for copy in copy_tokenizer(plan.target.folder, folder / TOKENIZER_FOLDER):
             files[f"{TOKENIZER_FOLDER}/{copy.name}"] = hash_file(copy)
@@ -195,18 +195,19 @@ def _write_engine(plan: BuildPlan, checkpoints: dict[Role, Checkpoint], folder: 
 def _write_model(
     plan: BuildPlan, role: Role, model: ModelSource, checkpoint: Checkpoint | None, folder: Path, progress: Progress
 ) -> dict[str, FileEntry]:
-    name, shapes = weight_file(role, 0), weight_shapes(model.config)
+    precision = plan.precisions[role]
+    name, shapes = weight_file(role, 0), weight_shapes(model.config, precision)
     (folder / name).parent.mkdir(parents=True)
     config_file = folder / role / "config.json"
     config_file.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
     plans = _write_plans(plan, role, model, folder, progress)
     if checkpoint is None:
-        tensors = random_weights(model.config, plan.dtype, _seed(plan.options, role))
+        tensors = random_weights(model.config, precision, _seed(plan.options, role))
     else:
-        tensors = checkpoint.tensors(plan.dtype)
-    progress.start(f"{role} {model.name}", model.config.weight_bytes(plan.dtype))
+        tensors = checkpoint.tensors(precision)
+    progress.start(f"{role} {model.name}", weight_bytes(model.config, precision))
     try:
-        entry = write_shard(folder / name, shapes, tensors, plan.dtype, progress.advance)
+        entry = write_shard(folder / name, shapes, tensors, precision.dtype_of, progress.advance)
     finally:
         progress.finish()
     return {name: entry, f"{role}/{config_file.name}": hash_file(config_file), **plans}
@@ -220,7 +221,7 @@ def _write_plans(
     if api is None:
         return {}
     started, files = time.perf_counter(), {}
-    for compiled in build_plans(api, model.config, plan.dtype, plan.row_buckets):
+    for compiled in build_plans(api, model.config, plan.precisions[role], plan.row_buckets):
         name = plan_file(role, compiled.region, compiled.rows)
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(compiled.data)
@@ -235,7 +236,7 @@ def _plan_manifest(plan: BuildPlan) -> dict[str, Any]:
     api = None if plan.compiler == "torch" else find(plan.compiler)
     if api is None:
         return {}
-    tables = {role: plan_table(role, model.config, plan.row_buckets) for role, model in _roles(plan)}
+    tables = {role: plan_table(role, model.config, plan.row_buckets) for role, model in plan.roles}
     return {"compiler": api.compiler, "version": api.version, "gpu": api.target(), "files": tables}
 
 
@@ -275,9 +276,8 @@ def _seed(options: BuildOptions, role: Role) -> int:
     return options.seed * 2 + (role == "draft")
 
 
-def _roles(plan: BuildPlan) -> list[tuple[Role, ModelSource]]:
-    roles: list[tuple[Role, ModelSource]] = [("target", plan.target)]
-    return roles if plan.draft is None else [*roles, ("draft", plan.draft)]
+def _entry(plan: BuildPlan, role: Role, model: ModelSource, source_sha256: str) -> ModelEntry:
+    return ModelEntry(model.config, plan.precisions[role], _source_name(model), source_sha256)
 
 
 def _source_name(model: ModelSource) -> str:

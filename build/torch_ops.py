@@ -32,6 +32,25 @@ class TorchOps:
             return wide.to(x.dtype)
         return F.linear(x, w if transpose_w else w.t(), bias)
 
+    def fp8_matmul(
+        self,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        scale: torch.Tensor,
+        input_scale: torch.Tensor,  # noqa: ARG002 - x stays as it is
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x [rows, in] @ w [out, in] transposed, times scale [out], plus bias [out]; x is not rounded to FP8.
+
+        w is FP8, or FP8 values in x's dtype (which holds them exactly).
+        """
+        w = w.to(x.dtype)
+        if x.device.type == "cpu":
+            product = F.linear(x.float(), w.float()) * scale
+        else:
+            product = F.linear(x, w).float() * scale
+        return (product if bias is None else product + bias.float()).to(x.dtype)
+
     def rms_norm(self, x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
         """Normalise rows in float32, return in x's dtype."""
         wide = x.float()

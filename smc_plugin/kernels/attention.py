@@ -153,6 +153,15 @@ def _normed_and_rotated(base, valid, cos, sin, weight, eps, NORM: tl.constexpr, 
 
 
 @triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    """x as a page of that type holds it; FP8 stops at its largest value."""
+    if dtype == tl.float8e4nv:
+        return tl.minimum(tl.maximum(x.to(tl.float32), -448.0, tl.PropagateNan.ALL), 448.0, tl.PropagateNan.ALL).to(dtype)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
 def _rope_kernel(
     qkv,
     row_stride,
@@ -191,14 +200,14 @@ def _rope_kernel(
     if tl.program_id(1) * HEADS + HEADS > num_heads:
         first, second = _normed_and_rotated(base, is_key, turn_cos, turn_sin, k_norm, eps, NORM, HALF)
         place = cache + (slot * kv_heads + head - num_heads)[:, None] * (2 * HALF) + pair[None, :]
-        tl.store(place, first, mask=is_key[:, None])
-        tl.store(place + HALF, second, mask=is_key[:, None])
+        tl.store(place, _rounded(first, cache.dtype.element_ty), mask=is_key[:, None])
+        tl.store(place + HALF, _rounded(second, cache.dtype.element_ty), mask=is_key[:, None])
         at = base[:, None] + pair[None, :]
         first = tl.load(at, mask=is_value[:, None], other=0.0)
         second = tl.load(at + HALF, mask=is_value[:, None], other=0.0)
         place += half_cache - kv_heads * (2 * HALF)
-        tl.store(place, first, mask=is_value[:, None])
-        tl.store(place + HALF, second, mask=is_value[:, None])
+        tl.store(place, _rounded(first, cache.dtype.element_ty), mask=is_value[:, None])
+        tl.store(place + HALF, _rounded(second, cache.dtype.element_ty), mask=is_value[:, None])
 
 
 def rope_and_write(
@@ -397,11 +406,12 @@ def _attention_kernel(  # noqa: PLR0912, PLR0915 - one idea: a program's queries
         if is_last:
             new_keys = tl.reshape(tl.permute(tl.join(new_first, new_second), (0, 2, 1)), [NEW, HEAD_DIM])
             new_place = cache + ((slot * kv_heads + kv_head) * HEAD_DIM)[:, None] + column[None, :]
-            tl.store(new_place, new_keys, mask=is_new[:, None])
-            tl.store(new_place + half_cache, new_values, mask=is_new[:, None])
             # What attention sees is what later passes will read: rounded to the cache's dtype.
-            new_keys = new_keys.to(cache.dtype.element_ty).to(q.dtype)
-            new_values = new_values.to(cache.dtype.element_ty).to(q.dtype)
+            kept_keys = _rounded(new_keys, cache.dtype.element_ty)
+            kept_values = _rounded(new_values, cache.dtype.element_ty)
+            tl.store(new_place, kept_keys, mask=is_new[:, None])
+            tl.store(new_place + half_cache, kept_values, mask=is_new[:, None])
+            new_keys, new_values = kept_keys.to(q.dtype), kept_values.to(q.dtype)
             new_visible = is_new[None, :] & (new[None, :] <= query_index[:, None])
             top, total, acc = _attend_tile(q, new_keys, new_values, new_visible, top, total, acc, scale_log2)
 
