@@ -9,6 +9,7 @@ build_engine(BuildOptions("llama-70b", random_weights=True)) writes engines/llam
 import hashlib
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,9 +33,10 @@ from smc_build.engine_dir import (
     weight_file,
     write_manifest,
 )
-from smc_build.plan import BuildOptions, BuildPlan, check_buildable, make_plan, with_own_head
+from smc_build.plan import BuildOptions, BuildPlan, check_buildable, make_plan, needs_quantizing, with_own_head
 from smc_build.plans import build_plans, plan_file, plan_table
 from smc_build.presets import ModelSource, fetch
+from smc_build.quantize import Calibration, quantize
 from smc_build.shard_file import FileEntry, hash_file, write_shard
 from smc_build.tensorrt_api import find
 from smc_build.tokenizer_files import check_fits_vocabulary, check_same_tokenizer, copy_tokenizer
@@ -43,6 +45,7 @@ from smc_plugin.errors import CheckpointError
 
 __all__ = ["BuildOptions", "Progress", "Quiet", "WeightSource", "build_engine", "random_engine"]
 
+QUANTIZED_FOLDER = ".fp8"  # inside a build's temporary folder
 WeightSource = Callable[[Role, torch.device], dict[str, torch.Tensor]]
 
 
@@ -55,6 +58,10 @@ class Progress(Protocol):
 
     def compiled(self, label: str, num_plans: int, num_bytes: int, seconds: float) -> None:
         """A model's regions are compiled into plans of so many bytes."""
+        ...
+
+    def quantizing(self, label: str) -> None:
+        """A model's weights are being quantized to FP8, which takes a while."""
         ...
 
     def start(self, label: str, total_bytes: int) -> None:
@@ -78,6 +85,9 @@ class Quiet:
 
     def compiled(self, label: str, num_plans: int, num_bytes: int, seconds: float) -> None:
         """Ignore the plans."""
+
+    def quantizing(self, label: str) -> None:
+        """Ignore the wait."""
 
     def start(self, label: str, total_bytes: int) -> None:
         """Ignore the start."""
@@ -111,8 +121,10 @@ def build_engine(options: BuildOptions, progress: Progress | None = None) -> Pat
     if not options.random_weights:
         plan = _fetch(plan)
     _check_tokenizers(plan)
+    calibration = Calibration.read(options.calibration, plan.target.folder)
     with _open_checkpoints(plan) as checkpoints, assembled(plan.output, options.force) as folder:
-        _write_engine(plan, checkpoints, folder, progress)
+        with _quantized(plan, checkpoints, folder / QUANTIZED_FOLDER, calibration, progress):
+            _write_engine(plan, checkpoints, folder, progress)
     return plan.output
 
 
@@ -174,6 +186,24 @@ def _open_checkpoints(plan: BuildPlan) -> Iterator[dict[Role, Checkpoint]]:
     finally:
         for checkpoint in opened.values():
             checkpoint.close()
+
+
+@contextmanager
+def _quantized(
+    plan: BuildPlan, checkpoints: dict[Role, Checkpoint], folder: Path, calibration: Calibration, progress: Progress
+) -> Iterator[None]:
+    """Put FP8 checkpoints, made for the time of a build, in the place of those that are to be quantized."""
+    for role, model in plan.roles:
+        if role not in checkpoints or not needs_quantizing(model, plan.precisions[role]):
+            continue
+        progress.quantizing(f"{role} {model.name}")
+        quantize(checkpoints[role].folder, folder / role, plan.precisions[role], calibration)
+        checkpoints.pop(role).close()
+        checkpoints[role] = Checkpoint(folder / role)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_engine(plan: BuildPlan, checkpoints: dict[Role, Checkpoint], folder: Path, progress: Progress) -> None:

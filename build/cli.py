@@ -47,6 +47,10 @@ class Terminal:
         """Print what was compiled."""
         print(f"  {label}: {num_plans} plans compiled in {seconds:.1f} s, {format_bytes(num_bytes)}", flush=True)
 
+    def quantizing(self, label: str) -> None:
+        """Say why nothing moves."""
+        print(f"  {label}: quantizing to FP8 (the whole model is loaded and run on calibration text)", flush=True)
+
     def start(self, label: str, total_bytes: int) -> None:
         """Open a bar."""
         self._bar = tqdm(total=total_bytes, desc=f"  {label}", unit="B", unit_scale=True, file=sys.stderr)

@@ -67,7 +67,9 @@ class TorchRegions:
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
         self._specs = region_specs(config, Precision.of(weights))
-        self._bound = bind_weights(config, _widened(weights) if weights["embed"].device.type == "cpu" else weights)
+        self._bound = bind_weights(config, weights)
+        if weights["embed"].device.type == "cpu":
+            self._bound = {place: _widened(bound, weights["embed"].dtype) for place, bound in self._bound.items()}
         self._ops = TorchOps()
 
     def run(self, region: str, layer: int | None, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -75,10 +77,11 @@ class TorchRegions:
         return self._specs[region].build(self._ops, {**self._bound[region, layer], **activations})
 
 
-def _widened(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _widened(bound: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """FP8 matrices in the activations' type, which holds every FP8 value: a CPU is slow at converting in each product."""
-    fp8, dtype = torch.float8_e4m3fn, weights["embed"].dtype
-    return {name: tensor.to(dtype) if tensor.dtype == fp8 else tensor for name, tensor in weights.items()}
+    return {
+        name: tensor.to(dtype) if tensor.dtype == torch.float8_e4m3fn else tensor for name, tensor in bound.items()
+    }
 
 
 class SelectedRegions(Generic[Name]):
