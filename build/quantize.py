@@ -127,16 +127,19 @@ def _load(source: Path, precision: Precision) -> Any:
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 - seconds to import
 
     with Checkpoint(source) as checkpoint:
-        needed = int(checkpoint.config.weight_bytes(precision.activations) * _ROOM)
+        config = checkpoint.config
+    needed = int(config.weight_bytes(precision.activations) * _ROOM)
+    on_gpu = torch.cuda.is_available() and needed < torch.cuda.mem_get_info()[0]
+    dtype = torch_dtype(precision.activations) if on_gpu else torch.float32  # CPUs compute it faster
+    needed = int(config.weight_bytes(dtype) * _ROOM)
     if needed > free_memory_bytes():
         raise SmcError(
             f"quantizing {source} needs {format_bytes(needed)} of memory, {format_bytes(free_memory_bytes())} are free: "
             "use a larger machine, or a checkpoint that is FP8 already"
         )
     model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch_dtype(precision.activations), use_safetensors=True, trust_remote_code=False
+        source, dtype=dtype, use_safetensors=True, trust_remote_code=False
     ).eval()
-    on_gpu = torch.cuda.is_available() and needed < torch.cuda.mem_get_info()[0]
     return model.to("cuda") if on_gpu else model
 
 
