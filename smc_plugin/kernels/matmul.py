@@ -354,6 +354,15 @@ _TALL_TILES = (
     *((64, 64, 6), (64, 128, 4), (128, 64, 3), (64, 128, 3)),
     *((32, 128, 4), (64, 64, 4), (32, 64, 5), (128, 128, 3)),
 )
+# With weights of one byte: as many bytes in flight, and wider tiles where the rows of x are the heavier part of them.
+_SMALL_FP8_TILES = (
+    *((64, 256, 4), (64, 128, 6), (64, 256, 6), (128, 128, 6), (32, 256, 6)),
+    *((128, 128, 4), (32, 256, 4), (64, 256, 3), (64, 128, 4)),
+)
+_TALL_FP8_TILES = (
+    *((128, 64, 4), (64, 128, 4), (64, 64, 6), (128, 64, 6)),
+    *((128, 128, 3), (64, 128, 3), (32, 128, 4), (64, 64, 4)),
+)
 _LEAST_TILE = (32, 32, 2)  # fits everywhere
 
 
@@ -373,7 +382,7 @@ def candidate_tactics(product: Product, gpu: Gpu) -> list[Tactic]:
     room = gpu.shared_bytes * 7 // 8  # the compiler needs some for itself
     tiles = [
         tile
-        for tile in (_SMALL_TILES if tile_rows <= 32 else _TALL_TILES)
+        for tile in _tiles(tile_rows, product.element_bytes)
         if _tile_bytes(product, tile_rows, *tile) <= room
     ]
     found = []
@@ -388,6 +397,12 @@ def candidate_tactics(product: Product, gpu: Gpu) -> list[Tactic]:
             prefetch = _prefetch_rows(product, tile_columns, inner // parts)
             found.append(Tactic(tile_rows, tile_columns, tile_inner, parts, _warps(tile_rows), stages, prefetch))
     return list(dict.fromkeys(found))
+
+
+def _tiles(tile_rows: int, element_bytes: int) -> tuple[tuple[int, int, int], ...]:
+    if element_bytes == 1:
+        return _SMALL_FP8_TILES if tile_rows <= 32 else _TALL_FP8_TILES
+    return _SMALL_TILES if tile_rows <= 32 else _TALL_TILES
 
 
 def _warps(tile_rows: int) -> int:
