@@ -122,9 +122,12 @@ def build_engine(options: BuildOptions, progress: Progress | None = None) -> Pat
         plan = _fetch(plan)
     _check_tokenizers(plan)
     calibration = Calibration.read(options.calibration, plan.target.folder)
-    with _open_checkpoints(plan) as checkpoints, assembled(plan.output, options.force) as folder:
-        with _quantized(plan, checkpoints, folder / QUANTIZED_FOLDER, calibration, progress):
-            _write_engine(plan, checkpoints, folder, progress)
+    with (
+        _open_checkpoints(plan) as checkpoints,
+        assembled(plan.output, options.force) as folder,
+        _quantized(plan, checkpoints, folder / QUANTIZED_FOLDER, calibration, progress),
+    ):
+        _write_engine(plan, checkpoints, folder, progress)
     return plan.output
 
 
@@ -137,9 +140,7 @@ def random_engine(options: BuildOptions) -> tuple[Manifest, WeightSource]:
         the manifest, which names no files, and a function that makes a model's canonical weights on a device.
     """
     plan = make_plan(replace(options, random_weights=True))
-    entries = {
-        role: _entry(plan, role, model, _source_hash(model, plan.options, role)) for role, model in plan.roles
-    }
+    entries = {role: _entry(plan, role, model, _source_hash(model, plan.options, role)) for role, model in plan.roles}
 
     def weights(role: Role, device: torch.device) -> dict[str, torch.Tensor]:
         entry = entries[role]

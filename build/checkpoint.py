@@ -113,7 +113,11 @@ class Checkpoint:
                 flag = "--dtype" if what == "matrices" else "--head-dtype"
                 raise CheckpointError(
                     f"{self.folder} holds {what} in {'FP8' if is_fp8 else '16 or 32 bits'}, expected {wanted}: "
-                    + (f"use {flag} fp8" if is_fp8 else f"leave out {flag} fp8, or start from an unquantized checkpoint")
+                    + (
+                        f"use {flag} fp8"
+                        if is_fp8
+                        else f"leave out {flag} fp8, or start from an unquantized checkpoint"
+                    )
                 )
 
     def _open(self, path: Path) -> None:
@@ -209,7 +213,6 @@ class Checkpoint:
             start += part.shape[0]
         return joined
 
-
     def _read_fp8(self, name: str, source: Source) -> Iterator[tuple[str, torch.Tensor]]:
         """The FP8 matrix [out, in], its scales [out], and its input scale [1]."""
         try:
@@ -218,7 +221,13 @@ class Checkpoint:
             raise CheckpointError(
                 f"cannot read tensor {name} ({error}), expected its data: fetch the checkpoint again"
             ) from error
-        yield name, torch.cat([part.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
+        joined = torch.cat([part.view(torch.uint8) for part in parts])
+        wrong = int(((joined & 0x7F) == 0x7F).sum())
+        if wrong:
+            raise CheckpointError(
+                f"tensor {name} of the checkpoint holds {wrong} NaN, expected finite FP8 values: export it again"
+            )
+        yield name, joined.view(torch.float8_e4m3fn)
         scales = [self._scale(stored, "weight_scale") for stored in source.names]
         columns = [scale.expand(part.shape[0]) for scale, part in zip(scales, parts, strict=True)]
         yield f"{name}_scale", torch.cat(columns)

@@ -1,7 +1,8 @@
 """Names of the element types an engine can have, and what they mean to torch and to safetensors.
 
-Activations are one of ENGINE_DTYPES; matrices and KV pages may be FP8 (smc_build.precision). Configurations and manifests carry names ("bfloat16"); tensors carry torch dtypes. Example: dtype_bytes("bfloat16") is
-2, torch_dtype("float32") is torch.float32 and SAFETENSORS_NAMES["bfloat16"] is "BF16".
+Activations are one of ENGINE_DTYPES; matrices and KV pages may be FP8 (smc_build.precision). Configurations and manifests
+carry names ("bfloat16"); tensors carry torch dtypes. Example: dtype_bytes("bfloat16") is 2, torch_dtype("float32") is
+torch.float32 and SAFETENSORS_NAMES["bfloat16"] is "BF16".
 """
 
 import torch

@@ -50,10 +50,10 @@ class ModelEntry:
 class Manifest:
     """Everything a run time must know about an engine directory besides the tensors.
 
-    dtype is the activations' (of both models); max_particles, max_draft_tokens and max_groups bound what requests may ask (N, K, requests at once); max_seq_len and
-    page_size count tokens; row_buckets are the row counts that regions are prepared for. plans is empty with the torch
-    back end, else it holds compiler, version, gpu and files (role to region to rows to path). tactics stays empty until
-    regions are timed. files maps relative paths to sizes and hashes.
+    dtype is the activations' (of both models); max_particles, max_draft_tokens and max_groups bound what requests may ask
+    (N, K, requests at once); max_seq_len and page_size count tokens; row_buckets are the row counts that regions are
+    prepared for. plans is empty with the torch back end, else it holds compiler, version, gpu and files (role to region to
+    rows to path). tactics stays empty until regions are timed. files maps relative paths to sizes and hashes.
     """
 
     name: str

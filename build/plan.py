@@ -259,7 +259,9 @@ def _choose_precisions(
     dtype = options.dtype or (FP8_OPTION if target.stores_fp8 else default)
     draft_dtype = options.draft_dtype or (FP8_OPTION if draft is not None and draft.stores_fp8 else None)
     if draft is None and draft_dtype is not None:
-        raise ConfigError(f"--draft-dtype is {draft_dtype}, expected none without a draft: leave it out, or name a --draft")
+        raise ConfigError(
+            f"--draft-dtype is {draft_dtype}, expected none without a draft: leave it out, or name a --draft"
+        )
     found = dict(zip(_ROLES, resolve_precisions(dtype, draft_dtype, options.head_dtype, options.kv_dtype), strict=True))
     for (role, precision), model in zip(found.items(), (target, draft), strict=True):
         if model is not None and model.stores_fp8 and precision.matrices != FP8 and not options.random_weights:
@@ -278,9 +280,7 @@ def _check_calibration(
         return
     models: dict[Role, ModelSource | None] = {"target": target, "draft": draft}
     calibrated = [
-        role
-        for role, model in models.items()
-        if model is not None and needs_quantizing(model, precisions[role])
+        role for role, model in models.items() if model is not None and needs_quantizing(model, precisions[role])
     ]
     if options.random_weights or not calibrated:
         raise ConfigError(

@@ -118,7 +118,8 @@ def _config(mtq: Any, precision: Precision) -> dict[str, Any]:
     rules = list(default["quant_cfg"])
     if precision.is_fp8("lm_head"):
         rules += [
-            {"quantizer_name": f"{_HEAD}{kind}_quantizer", "cfg": _PER_TENSOR, "enable": True} for kind in ("weight", "input")
+            {"quantizer_name": f"{_HEAD}{kind}_quantizer", "cfg": _PER_TENSOR, "enable": True}
+            for kind in ("weight", "input")
         ]
     return {**default, "quant_cfg": rules}
 
@@ -166,6 +167,8 @@ def _written(model: Any) -> Iterator[torch.Tensor]:
         cache = out.past_key_values
         likely = out.logits[:, -1].float().softmax(dim=-1)
         if not likely.isfinite().all():
-            raise CheckpointError("the model gives NaN while it writes calibration text, expected finite logits: check it")
+            raise CheckpointError(
+                "the model gives NaN while it writes calibration text, expected finite logits: check it"
+            )
         tokens.append(torch.multinomial(likely, 1, generator=generator))
     yield from torch.cat(tokens, dim=1).split(1)

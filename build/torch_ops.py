@@ -37,18 +37,15 @@ class TorchOps:
         x: torch.Tensor,
         w: torch.Tensor,
         scale: torch.Tensor,
-        input_scale: torch.Tensor,  # noqa: ARG002 - x stays as it is
+        input_scale: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x [rows, in] @ w [out, in] transposed, times scale [out], plus bias [out]; x is not rounded to FP8.
 
         w is FP8, or FP8 values in x's dtype (which holds them exactly).
         """
-        w = w.to(x.dtype)
-        if x.device.type == "cpu":
-            product = F.linear(x.float(), w.float()) * scale
-        else:
-            product = F.linear(x, w).float() * scale
+        is_cpu = x.device.type == "cpu"
+        product = (F.linear(x.float(), w.float()) if is_cpu else F.linear(x, w.to(x.dtype)).float()) * scale
         return (product if bias is None else product + bias.float()).to(x.dtype)
 
     def rms_norm(self, x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:

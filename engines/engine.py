@@ -27,7 +27,6 @@ from smc_engines.text import Tokenizer
 from smc_plugin.backend import kernels_for
 from smc_plugin.errors import EngineDirError, RequestError
 
-
 FP8_CAPABILITY = (8, 9)
 
 

@@ -23,8 +23,8 @@ from smc_build.dtypes import torch_dtype
 from smc_build.engine_dir import Manifest, Role
 from smc_build.model_config import ModelConfig
 from smc_build.network import RegionSpec, TensorSpec, region_specs
-from smc_build.precision import Precision
 from smc_build.plans import DATA_TYPES, output_name, static_shape
+from smc_build.precision import Precision
 from smc_build.tensorrt_api import TensorrtApi, find
 from smc_engines.regions import RegionRunner, TorchRegions, bind_weights
 from smc_plugin.errors import EngineDirError, SmcError

@@ -79,9 +79,7 @@ class TorchRegions:
 
 def _widened(bound: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """FP8 matrices in the activations' type, which holds every FP8 value: a CPU is slow at converting in each product."""
-    return {
-        name: tensor.to(dtype) if tensor.dtype == torch.float8_e4m3fn else tensor for name, tensor in bound.items()
-    }
+    return {name: tensor.to(dtype) if tensor.dtype == torch.float8_e4m3fn else tensor for name, tensor in bound.items()}
 
 
 class SelectedRegions(Generic[Name]):

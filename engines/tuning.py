@@ -25,8 +25,8 @@ from smc_build.engine_dir import Manifest, Role
 from smc_build.model_config import ModelConfig
 from smc_build.network import ROWS, layer_inputs, region_specs
 from smc_build.plan import round_rows
-from smc_build.precision import Precision
 from smc_build.plans import used_regions
+from smc_build.precision import Precision
 from smc_engines.engine import Engine
 from smc_engines.fused_regions import PRODUCTS, FusedRegions
 from smc_engines.model import PagedModel

@@ -207,8 +207,8 @@ def _kv_bytes(engine: Engine, case: Case, context_tokens: float) -> dict[str, fl
     shapes, tokens = shapes_of(engine, case), kv_tokens(case, context_tokens, engine.page_size)
     found = {"target attention": tokens * shapes.target.kv_bytes_per_token(shapes.precisions["target"].kv)}
     if shapes.draft is not None:
-        found["draft attention"] = tokens * shapes.draft_passes * shapes.draft.kv_bytes_per_token(
-            shapes.precisions["draft"].kv
+        found["draft attention"] = (
+            tokens * shapes.draft_passes * shapes.draft.kv_bytes_per_token(shapes.precisions["draft"].kv)
         )
     return found
 

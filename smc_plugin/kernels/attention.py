@@ -156,7 +156,9 @@ def _normed_and_rotated(base, valid, cos, sin, weight, eps, NORM: tl.constexpr, 
 def _rounded(x, dtype: tl.constexpr):
     """x as a page of that type holds it; FP8 stops at its largest value."""
     if dtype == tl.float8e4nv:
-        return tl.minimum(tl.maximum(x.to(tl.float32), -448.0, tl.PropagateNan.ALL), 448.0, tl.PropagateNan.ALL).to(dtype)
+        return tl.minimum(tl.maximum(x.to(tl.float32), -448.0, tl.PropagateNan.ALL), 448.0, tl.PropagateNan.ALL).to(
+            dtype
+        )
     else:
         return x.to(dtype)
 

@@ -341,7 +341,9 @@ def _tile_bytes(product: Product, rows: int, columns: int, inner: int, stages: i
     matrices = 2 if product.gated else 1
     row_bytes = columns * matrices * product.element_bytes + rows * product.input_bytes
     # Many rows multiply from shared memory, where narrower weights need a place for their widened tile too.
-    widened = columns * matrices * product.input_bytes if rows > 32 and product.element_bytes < product.input_bytes else 0
+    widened = (
+        columns * matrices * product.input_bytes if rows > 32 and product.element_bytes < product.input_bytes else 0
+    )
     return inner * (buffers * row_bytes + widened)
 
 
@@ -381,9 +383,7 @@ def candidate_tactics(product: Product, gpu: Gpu) -> list[Tactic]:
     tile_rows = min(128, max(16, next_power_of_2(rows)))
     room = gpu.shared_bytes * 7 // 8  # the compiler needs some for itself
     tiles = [
-        tile
-        for tile in _tiles(tile_rows, product.element_bytes)
-        if _tile_bytes(product, tile_rows, *tile) <= room
+        tile for tile in _tiles(tile_rows, product.element_bytes) if _tile_bytes(product, tile_rows, *tile) <= room
     ]
     found = []
     for tile_columns, deep, stages in tiles or [_LEAST_TILE]:

@@ -8,7 +8,14 @@ from smc_plugin.group_state import GroupState
 from smc_plugin.kernels import attention, embedding, groups, launch, matmul, pages, resample, sampling, weights
 from smc_plugin.kernels.compile import Compiled, compile_recorded, precompile
 
-FP8, BF16, F32, F64, I32, I64 = torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64
+FP8, BF16, F32, F64, I32, I64 = (
+    torch.float8_e4m3fn,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.int32,
+    torch.int64,
+)
 VOCAB = 128256
 # name: (hidden, qkv, ffn, head_dim)
 MODELS = {"llama-8b": (4096, 6144, 14336, 128), "llama-1b": (2048, 3072, 8192, 64)}

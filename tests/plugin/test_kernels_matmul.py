@@ -161,9 +161,7 @@ def test_fp8_weights_with_everything_around_them(
     assert_near(ours, x.double() @ meant.t() + bias.double() + residual.double(), tolerance)
     other_layout = kernels.linear(x, weight.t().contiguous(), bias, residual, tactic=chosen, scale=scale)
     assert_near(other_layout, ours.double(), tolerance)
-    between = kernels.linear(
-        prenormed(x.float(), norm_weight, 4), weight, transpose_w=True, tactic=chosen, scale=scale
-    )
+    between = kernels.linear(prenormed(x.float(), norm_weight, 4), weight, transpose_w=True, tactic=chosen, scale=scale)
     assert_near(between, norm(x, norm_weight) @ meant.t())
 
 
