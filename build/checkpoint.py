@@ -157,7 +157,8 @@ class Checkpoint:
                     "use an unquantized checkpoint, or an FP8 one that modelopt exported"
                 )
             if self._is_fp8(name):
-                self._scale(name, "weight_scale"), self._scale(name, "input_scale")
+                for kind in ("weight_scale", "input_scale"):
+                    self._scale(name, kind)
 
     def _is_fp8(self, stored: str) -> bool:
         return self.head_is_fp8 if stored == "lm_head.weight" else self.stores_fp8 and stored.endswith("_proj.weight")

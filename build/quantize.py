@@ -141,7 +141,7 @@ def _load(source: Path, precision: Precision) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, use_safetensors=True, trust_remote_code=False
     ).eval()
-    return model.to("cuda") if on_gpu else model
+    return model.cuda() if on_gpu else model
 
 
 def _untie(model: Any) -> None:

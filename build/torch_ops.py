@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 
 
+FP8_MAX = 448.0
+
+
 def _cpu_multiplies_bfloat16() -> bool:
     capabilities = torch.cpu.get_capabilities()
     return capabilities.get("architecture") != "x86_64" or bool(
@@ -66,3 +69,20 @@ class TorchOps:
     def to_float32(self, x: torch.Tensor) -> torch.Tensor:
         """Convert to float32."""
         return x.float()
+
+
+class Fp8InputOps(TorchOps):
+    """The same, but what an FP8 matrix multiplies is rounded to FP8 in steps of its input scale, as a plan rounds it."""
+
+    def fp8_matmul(
+        self,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        scale: torch.Tensor,
+        input_scale: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x [rows, in], rounded, @ w [out, in] transposed, times scale [out], plus bias [out]."""
+        steps = (x.float() / input_scale).to(x.dtype).clamp(-FP8_MAX, FP8_MAX)
+        rounded = steps.to(torch.float8_e4m3fn).to(x.dtype)
+        return super().fp8_matmul(rounded, w, scale * input_scale, input_scale, bias)

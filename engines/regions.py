@@ -63,14 +63,15 @@ class TorchRegions:
     Args:
         config: the decoder's shapes.
         weights: canonical names to tensors, all on one device; matrices may be FP8.
+        ops: another torch op set.
     """
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], ops: TorchOps | None = None) -> None:
         self._specs = region_specs(config, Precision.of(weights))
         self._bound = bind_weights(config, weights)
         if weights["embed"].device.type == "cpu":
             self._bound = {place: _widened(bound, weights["embed"].dtype) for place, bound in self._bound.items()}
-        self._ops = TorchOps()
+        self._ops = ops or TorchOps()
 
     def run(self, region: str, layer: int | None, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute one region (see RegionRunner)."""

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from smc_build.dtypes import dtype_bytes
+from smc_build.engine_dir import Role
 from smc_build.model_config import ModelConfig
 from smc_build.precision import Precision
 from smc_engines.bench.trace import Event
@@ -57,7 +58,7 @@ class Shapes:
     target: ModelConfig
     draft: ModelConfig | None
     draft_passes: int
-    precisions: Mapping[str, Precision]
+    precisions: Mapping[Role, Precision]
 
     @property
     def attention_calls(self) -> int:

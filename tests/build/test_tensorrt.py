@@ -22,7 +22,7 @@ from smc_build.plans import build_network, build_plan, build_plans, static_shape
 from smc_build.precision import resolve
 from smc_build.presets import PRESETS
 from smc_build.tensorrt_api import TensorrtApi, find, load
-from smc_build.torch_ops import TorchOps
+from smc_build.torch_ops import Fp8InputOps, TorchOps
 from smc_plugin.errors import ConfigError, EngineDirError, SmcError
 from tests.build.network_interpreter import interpret
 from tests.tiny_models import make_checkpoint
@@ -98,16 +98,6 @@ def test_the_recorded_network_means_what_torch_computes(
         assert (ours[f"{name}_out"].float() - tensor.float()).abs().max() < tolerance * scale
 
 
-class RoundedInputs(TorchOps):
-    """The torch reference, with what FP8 matrices multiply rounded to FP8 as a plan rounds it."""
-
-    def fp8_matmul(self, x, w, scale, input_scale, bias=None):
-        step = (x.float() / input_scale).to(x.dtype).float()
-        rounded = step.clamp(-448, 448).to(torch.float8_e4m3fn).float() * input_scale
-        product = (rounded.double() @ w.double().t()) * scale.double()
-        return (product if bias is None else product + bias.double()).to(x.dtype)
-
-
 @pytest.mark.parametrize("head_dtype", ["bfloat16", "fp8"])
 @pytest.mark.parametrize("region", REGIONS)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,7 +121,7 @@ def test_fp8_regions_compile_and_mean_what_torch_computes(
     assert products == (head_dtype == "fp8" if region == "head" else {"entry": 1, "block": 4, "exit": 3}[region])
     assert kinds.count(api.trt.LayerType.QUANTIZE) == products
     ours = interpret(api.trt, recorded.network, recorded.ops.constants, inputs)
-    for name, tensor in spec.build(RoundedInputs(), inputs).items():
+    for name, tensor in spec.build(Fp8InputOps(), inputs).items():
         scale = tensor.float().abs().max()
         assert (ours[f"{name}_out"].float() - tensor.float()).abs().max() < 4e-2 * scale
     plan = build_plan(api, spec, 16)
