@@ -9,6 +9,7 @@ build_engine(BuildOptions("llama-70b", random_weights=True)) writes engines/llam
 import hashlib
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,17 +33,19 @@ from smc_build.engine_dir import (
     weight_file,
     write_manifest,
 )
-from smc_build.plan import BuildOptions, BuildPlan, check_buildable, make_plan
+from smc_build.plan import BuildOptions, BuildPlan, check_buildable, make_plan, needs_quantizing, with_own_head
 from smc_build.plans import build_plans, plan_file, plan_table
 from smc_build.presets import ModelSource, fetch
+from smc_build.quantize import Calibration, quantize
 from smc_build.shard_file import FileEntry, hash_file, write_shard
 from smc_build.tensorrt_api import find
 from smc_build.tokenizer_files import check_fits_vocabulary, check_same_tokenizer, copy_tokenizer
-from smc_build.weights import random_weights, weight_shapes
+from smc_build.weights import random_weights, weight_bytes, weight_shapes
 from smc_plugin.errors import CheckpointError
 
 __all__ = ["BuildOptions", "Progress", "Quiet", "WeightSource", "build_engine", "random_engine"]
 
+QUANTIZED_FOLDER = ".fp8"  # inside a build's temporary folder
 WeightSource = Callable[[Role, torch.device], dict[str, torch.Tensor]]
 
 
@@ -55,6 +58,10 @@ class Progress(Protocol):
 
     def compiled(self, label: str, num_plans: int, num_bytes: int, seconds: float) -> None:
         """A model's regions are compiled into plans of so many bytes."""
+        ...
+
+    def quantizing(self, label: str) -> None:
+        """A model's weights are being quantized to FP8, which takes a while."""
         ...
 
     def start(self, label: str, total_bytes: int) -> None:
@@ -78,6 +85,9 @@ class Quiet:
 
     def compiled(self, label: str, num_plans: int, num_bytes: int, seconds: float) -> None:
         """Ignore the plans."""
+
+    def quantizing(self, label: str) -> None:
+        """Ignore the wait."""
 
     def start(self, label: str, total_bytes: int) -> None:
         """Ignore the start."""
@@ -111,7 +121,12 @@ def build_engine(options: BuildOptions, progress: Progress | None = None) -> Pat
     if not options.random_weights:
         plan = _fetch(plan)
     _check_tokenizers(plan)
-    with _open_checkpoints(plan) as checkpoints, assembled(plan.output, options.force) as folder:
+    calibration = Calibration.read(options.calibration, plan.target.folder)
+    with (
+        _open_checkpoints(plan) as checkpoints,
+        assembled(plan.output, options.force) as folder,
+        _quantized(plan, checkpoints, folder / QUANTIZED_FOLDER, calibration, progress),
+    ):
         _write_engine(plan, checkpoints, folder, progress)
     return plan.output
 
@@ -125,20 +140,18 @@ def random_engine(options: BuildOptions) -> tuple[Manifest, WeightSource]:
         the manifest, which names no files, and a function that makes a model's canonical weights on a device.
     """
     plan = make_plan(replace(options, random_weights=True))
-    entries = {
-        role: ModelEntry(model.config, _source_name(model), _source_hash(model, plan.options, role))
-        for role, model in _roles(plan)
-    }
+    entries = {role: _entry(plan, role, model, _source_hash(model, plan.options, role)) for role, model in plan.roles}
 
     def weights(role: Role, device: torch.device) -> dict[str, torch.Tensor]:
-        return dict(random_weights(entries[role].config, plan.dtype, _seed(plan.options, role), device))
+        entry = entries[role]
+        return dict(random_weights(entry.config, entry.precision, _seed(plan.options, role), device))
 
     return _manifest(plan, entries["target"], entries.get("draft"), {}), weights
 
 
 def _fetch(plan: BuildPlan) -> BuildPlan:
-    fetched = {role: fetch(model) for role, model in _roles(plan)}
-    for role, model in _roles(plan):
+    fetched = {role: with_own_head(fetch(model), plan.precisions[role]) for role, model in plan.roles}
+    for role, model in plan.roles:
         if fetched[role].config != model.config and model.preset is not None:
             _check_same_shapes(model, fetched[role])
     return BuildPlan(**{**vars(plan), **fetched})
@@ -167,7 +180,7 @@ def _open_checkpoints(plan: BuildPlan) -> Iterator[dict[Role, Checkpoint]]:
     opened: dict[Role, Checkpoint] = {}
     try:
         if not plan.options.random_weights:
-            for role, model in _roles(plan):
+            for role, model in plan.roles:
                 assert model.folder is not None
                 opened[role] = Checkpoint(model.folder)
         yield opened
@@ -176,16 +189,34 @@ def _open_checkpoints(plan: BuildPlan) -> Iterator[dict[Role, Checkpoint]]:
             checkpoint.close()
 
 
+@contextmanager
+def _quantized(
+    plan: BuildPlan, checkpoints: dict[Role, Checkpoint], folder: Path, calibration: Calibration, progress: Progress
+) -> Iterator[None]:
+    """Put FP8 checkpoints, made for the time of a build, in the place of those that are to be quantized."""
+    for role, model in plan.roles:
+        if role not in checkpoints or not needs_quantizing(model, plan.precisions[role]):
+            continue
+        progress.quantizing(f"{role} {model.name}")
+        quantize(checkpoints[role].folder, folder / role, plan.precisions[role], calibration)
+        checkpoints.pop(role).close()
+        checkpoints[role] = Checkpoint(folder / role)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _write_engine(plan: BuildPlan, checkpoints: dict[Role, Checkpoint], folder: Path, progress: Progress) -> None:
     files: dict[str, FileEntry] = {}
     entries: dict[str, ModelEntry | None] = {"target": None, "draft": None}
     # Hashing the sources reads every file once more; it runs beside the writing, in a thread of its own.
     with ThreadPoolExecutor(max_workers=1) as pool:
-        hashes = {role: pool.submit(_source_hash, model, plan.options, role) for role, model in _roles(plan)}
-        for role, model in _roles(plan):
+        hashes = {role: pool.submit(_source_hash, model, plan.options, role) for role, model in plan.roles}
+        for role, model in plan.roles:
             files.update(_write_model(plan, role, model, checkpoints.get(role), folder, progress))
-        for role, model in _roles(plan):
-            entries[role] = ModelEntry(model.config, _source_name(model), hashes[role].result())
+        for role, model in plan.roles:
+            entries[role] = _entry(plan, role, model, hashes[role].result())
     if plan.target.folder is not None:
         for copy in copy_tokenizer(plan.target.folder, folder / TOKENIZER_FOLDER):
             files[f"{TOKENIZER_FOLDER}/{copy.name}"] = hash_file(copy)
@@ -195,18 +226,19 @@ def _write_engine(plan: BuildPlan, checkpoints: dict[Role, Checkpoint], folder: 
 def _write_model(
     plan: BuildPlan, role: Role, model: ModelSource, checkpoint: Checkpoint | None, folder: Path, progress: Progress
 ) -> dict[str, FileEntry]:
-    name, shapes = weight_file(role, 0), weight_shapes(model.config)
+    precision = plan.precisions[role]
+    name, shapes = weight_file(role, 0), weight_shapes(model.config, precision)
     (folder / name).parent.mkdir(parents=True)
     config_file = folder / role / "config.json"
     config_file.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
     plans = _write_plans(plan, role, model, folder, progress)
     if checkpoint is None:
-        tensors = random_weights(model.config, plan.dtype, _seed(plan.options, role))
+        tensors = random_weights(model.config, precision, _seed(plan.options, role))
     else:
-        tensors = checkpoint.tensors(plan.dtype)
-    progress.start(f"{role} {model.name}", model.config.weight_bytes(plan.dtype))
+        tensors = checkpoint.tensors(precision)
+    progress.start(f"{role} {model.name}", weight_bytes(model.config, precision))
     try:
-        entry = write_shard(folder / name, shapes, tensors, plan.dtype, progress.advance)
+        entry = write_shard(folder / name, shapes, tensors, precision.dtype_of, progress.advance)
     finally:
         progress.finish()
     return {name: entry, f"{role}/{config_file.name}": hash_file(config_file), **plans}
@@ -220,7 +252,7 @@ def _write_plans(
     if api is None:
         return {}
     started, files = time.perf_counter(), {}
-    for compiled in build_plans(api, model.config, plan.dtype, plan.row_buckets):
+    for compiled in build_plans(api, model.config, plan.precisions[role], plan.row_buckets):
         name = plan_file(role, compiled.region, compiled.rows)
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(compiled.data)
@@ -235,7 +267,7 @@ def _plan_manifest(plan: BuildPlan) -> dict[str, Any]:
     api = None if plan.compiler == "torch" else find(plan.compiler)
     if api is None:
         return {}
-    tables = {role: plan_table(role, model.config, plan.row_buckets) for role, model in _roles(plan)}
+    tables = {role: plan_table(role, model.config, plan.row_buckets) for role, model in plan.roles}
     return {"compiler": api.compiler, "version": api.version, "gpu": api.target(), "files": tables}
 
 
@@ -275,9 +307,8 @@ def _seed(options: BuildOptions, role: Role) -> int:
     return options.seed * 2 + (role == "draft")
 
 
-def _roles(plan: BuildPlan) -> list[tuple[Role, ModelSource]]:
-    roles: list[tuple[Role, ModelSource]] = [("target", plan.target)]
-    return roles if plan.draft is None else [*roles, ("draft", plan.draft)]
+def _entry(plan: BuildPlan, role: Role, model: ModelSource, source_sha256: str) -> ModelEntry:
+    return ModelEntry(model.config, plan.precisions[role], _source_name(model), source_sha256)
 
 
 def _source_name(model: ModelSource) -> str:

@@ -4,6 +4,10 @@ Everything that can be wrong is checked from the file headers before the first b
 and misshapen tensors are reported by name. Example: `layers.0.qkv` of Llama-3.2-1B joins q_proj [2048, 2048], k_proj
 [512, 2048] and v_proj [512, 2048] into [2048, 3072]; at most that one tensor (25 MB in float32) and its parts are in
 memory.
+
+A checkpoint that modelopt has quantized (unified Hugging Face layout) holds float8_e4m3fn matrices [out, in], each with a
+`weight_scale` and an `input_scale`. Joined matrices keep the scales of their parts, one for each output column, and take
+the larger input scale (modelopt gives parts the same one).
 """
 
 import json
@@ -18,16 +22,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from smc_build.dtypes import torch_dtype
-from smc_build.model_config import ModelConfig
+from smc_build.dtypes import FP8, torch_dtype
+from smc_build.model_config import ModelConfig, is_modelopt_fp8
+from smc_build.precision import Precision, as_precision
 from smc_build.weights import weight_shapes
 from smc_plugin.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+FP8_FILE = "hf_quant_config.json"  # where modelopt says what it did, beside config.json
 _FLOAT_DTYPES = ("F32", "BF16", "F16", "F64")
+_FP8_DTYPE = "F8_E4M3"
 # What the checkpoint may hold beyond the weights: caches of constants that older exports stored.
-_IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.bias$|\.masked_bias$")
+# Scales for FP8 KV pages only say where rounding is finest; pages here hold keys and values as they are.
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.bias$|\.masked_bias$|\.[kv]_scale$")
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,8 @@ class Checkpoint:
     Attributes:
         folder: the folder.
         config: what its config.json describes.
+        stores_fp8: whether its matrices are FP8.
+        head_is_fp8: whether its head is, too.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,11 +64,14 @@ class Checkpoint:
         """
         self.folder = folder
         self.config = read_config(folder)
+        self.stores_fp8 = stores_fp8(folder)
         self._files = ExitStack()
         self._handles: dict[str, Any] = {}
         try:
             for path in weight_files(folder):
                 self._open(path)
+            head = self._handles.get("lm_head.weight") if self.stores_fp8 else None
+            self.head_is_fp8 = head is not None and head.get_slice("lm_head.weight").get_dtype() == _FP8_DTYPE
             self._check()
         except BaseException:
             self.close()
@@ -75,10 +88,37 @@ class Checkpoint:
         self._handles.clear()
         self._files.close()
 
-    def tensors(self, dtype: str | torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (canonical name, tensor in `dtype`) in the order of `weight_shapes`."""
+    def tensors(self, dtype: str | torch.dtype | Precision) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (canonical name, tensor in `dtype`) in the order of `weight_shapes`.
+
+        Args:
+            dtype: FP8 exactly where the checkpoint has FP8.
+        Raises:
+            CheckpointError: it is not, or a tensor cannot be read.
+        """
+        precision = as_precision(dtype)
+        self._check_precision(precision)
         for name, source in weight_sources(self.config).items():
-            yield name, self._read(name, source, torch_dtype(dtype))
+            if precision.is_fp8(name):
+                yield from self._read_fp8(name, source)
+            else:
+                yield name, self._read(name, source, torch_dtype(precision.activations))
+
+    def _check_precision(self, precision: Precision) -> None:
+        for what, is_fp8, wanted in (
+            ("matrices", self.stores_fp8, precision.matrices),
+            ("head", self.head_is_fp8, precision.head),
+        ):
+            if is_fp8 != (wanted == FP8):
+                flag = "--dtype" if what == "matrices" else "--head-dtype"
+                raise CheckpointError(
+                    f"{self.folder} holds {what} in {'FP8' if is_fp8 else '16 or 32 bits'}, expected {wanted}: "
+                    + (
+                        f"use {flag} fp8"
+                        if is_fp8
+                        else f"leave out {flag} fp8, or start from an unquantized checkpoint"
+                    )
+                )
 
     def _open(self, path: Path) -> None:
         try:
@@ -110,13 +150,47 @@ class Checkpoint:
                     "config.json: "
                     "fetch the checkpoint again, or correct config.json"
                 )
-            if stored.get_dtype() not in _FLOAT_DTYPES:
+            allowed = (_FP8_DTYPE,) if self._is_fp8(name) else _FLOAT_DTYPES
+            if stored.get_dtype() not in allowed:
                 raise CheckpointError(
-                    f"tensor {name} is stored as {stored.get_dtype()}, expected one of {', '.join(_FLOAT_DTYPES)}: "
-                    "use an unquantized checkpoint"
+                    f"tensor {name} is stored as {stored.get_dtype()}, expected one of {', '.join(allowed)}: "
+                    "use an unquantized checkpoint, or an FP8 one that modelopt exported"
                 )
+            if self._is_fp8(name):
+                for kind in ("weight_scale", "input_scale"):
+                    self._scale(name, kind)
+
+    def _is_fp8(self, stored: str) -> bool:
+        return self.head_is_fp8 if stored == "lm_head.weight" else self.stores_fp8 and stored.endswith("_proj.weight")
+
+    def _scale(self, stored: str, kind: str) -> torch.Tensor:
+        """The scale of a stored FP8 matrix [out, in]: [1], or [out] for a weight_scale of one a column."""
+        name = stored.removesuffix("weight") + kind
+        if name not in self._handles:
+            raise CheckpointError(
+                f"tensor {name} is missing from the checkpoint, expected the {kind} of an FP8 matrix: export it again "
+                "with modelopt"
+            )
+        scale = self._handles[name].get_tensor(name).float().flatten()
+        columns = self._handles[stored].get_slice(stored).get_shape()[0]
+        if scale.numel() not in ((1, columns) if kind == "weight_scale" else (1,)):
+            raise CheckpointError(
+                f"tensor {name} has {scale.numel()} values, expected one{' or one a column' * (kind == 'weight_scale')}: "
+                "export it again with modelopt, FP8 by tensor"
+            )
+        if not (scale.isfinite() & (scale > 0)).all():
+            wrong = scale[~(scale.isfinite() & (scale > 0))][0].item()
+            raise CheckpointError(
+                f"tensor {name} holds {wrong}, expected a positive finite scale: calibrate again with text that reaches "
+                "every layer"
+            )
+        return scale
 
     def _check_extra(self, name: str) -> None:
+        if self.stores_fp8 and name.endswith(("weight_scale", "input_scale")):
+            matrix = name.removesuffix("weight_scale").removesuffix("input_scale") + "weight"
+            if matrix in self._handles and self._is_fp8(matrix):
+                return
         if _IGNORED.search(name) or (self.config.tied_head and name == "lm_head.weight"):
             return
         raise CheckpointError(
@@ -139,6 +213,35 @@ class Checkpoint:
             joined[:, start : start + part.shape[0]] = part.t()
             start += part.shape[0]
         return joined
+
+    def _read_fp8(self, name: str, source: Source) -> Iterator[tuple[str, torch.Tensor]]:
+        """The FP8 matrix [out, in], its scales [out], and its input scale [1]."""
+        try:
+            parts = [self._handles[stored].get_tensor(stored) for stored in source.names]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"cannot read tensor {name} ({error}), expected its data: fetch the checkpoint again"
+            ) from error
+        joined = torch.cat([part.view(torch.uint8) for part in parts])
+        wrong = int(((joined & 0x7F) == 0x7F).sum())
+        if wrong:
+            raise CheckpointError(
+                f"tensor {name} of the checkpoint holds {wrong} NaN, expected finite FP8 values: export it again"
+            )
+        yield name, joined.view(torch.float8_e4m3fn)
+        scales = [self._scale(stored, "weight_scale") for stored in source.names]
+        columns = [scale.expand(part.shape[0]) for scale, part in zip(scales, parts, strict=True)]
+        yield f"{name}_scale", torch.cat(columns)
+        inputs = [self._scale(stored, "input_scale") for stored in source.names]
+        yield f"{name}_input_scale", torch.stack(inputs).amax(dim=0)
+
+
+def stores_fp8(folder: Path) -> bool:
+    """Whether modelopt has quantized a checkpoint's matrices to FP8, as config.json or the file beside it says."""
+    quantized = read_json(safe_file(folder, "config.json")).get("quantization_config")
+    if not quantized and (folder / FP8_FILE).exists():
+        quantized = read_json(safe_file(folder, FP8_FILE)).get("quantization")
+    return bool(quantized) and is_modelopt_fp8(quantized)
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -20,12 +20,13 @@ import torch
 from tqdm import tqdm
 
 from smc_build.builder import build_engine
-from smc_build.dtypes import ENGINE_DTYPES
 from smc_build.engine_dir import Manifest, load_manifest, tokenizer_path, write_manifest
 from smc_build.machine import format_bytes
 from smc_build.plan import DEFAULT_MAX_SEQ_LEN, BuildOptions, BuildPlan, option_defaults
 from smc_build.plan_text import describe, preset_list
+from smc_build.precision import OPTION_DTYPES
 from smc_build.tensorrt_api import COMPILERS
+from smc_build.weights import weight_bytes
 from smc_plugin.errors import ConfigError, SmcError
 
 # Below this, smc-run's default answer length and a prompt may not fit together.
@@ -45,6 +46,10 @@ class Terminal:
     def compiled(self, label: str, num_plans: int, num_bytes: int, seconds: float) -> None:
         """Print what was compiled."""
         print(f"  {label}: {num_plans} plans compiled in {seconds:.1f} s, {format_bytes(num_bytes)}", flush=True)
+
+    def quantizing(self, label: str) -> None:
+        """Say why nothing moves."""
+        print(f"  {label}: quantizing to FP8 (the whole model is loaded and run on calibration text)", flush=True)
 
     def start(self, label: str, total_bytes: int) -> None:
         """Open a bar."""
@@ -158,8 +163,8 @@ def _describe_manifest(path: Path, manifest: Manifest) -> str:
         lines.append(
             f"  {role}: {entry.source}, {config.family}, {config.num_layers} layers, {config.num_parameters:,} "
             "parameters, "
-            f"{format_bytes(config.weight_bytes(manifest.dtype))}, KV "
-            f"{config.kv_bytes_per_token(manifest.dtype):,} bytes "
+            f"{format_bytes(weight_bytes(config, entry.precision))} as {entry.precision}, KV "
+            f"{config.kv_bytes_per_token(entry.precision.kv):,} bytes "
             f"per token, source {entry.source_sha256[:12]}"
         )
     total = sum(entry.bytes for entry in manifest.files.values())
@@ -206,7 +211,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint", str, "target: a Hugging Face folder or a preset")
     add("--draft", str, "draft: a folder, a preset, or 'none' (default: the preset's)")
     add("--tp", int, f"tensor-parallel ranks (default {defaults['tp']})")
-    add("--dtype", str, f"{' or '.join(ENGINE_DTYPES)} (default: bfloat16 for presets and with a GPU, else float32)")
+    add("--dtype", str, f"{', '.join(OPTION_DTYPES)} (default: bfloat16 for presets and with a GPU, else float32)")
+    add("--draft-dtype", str, "of the draft's matrices, where they differ (default: as --dtype)")
+    add("--head-dtype", str, "of the head beside FP8 matrices; fp8 or the activations' type (the default)")
+    add("--kv-dtype", str, "of KV pages; fp8 or the activations' type (the default)")
+    add("--calibration", Path, "text, a passage a line, for --dtype fp8 (default: the model writes its own)")
     add("--particles", int, f"largest number of particles N (default {defaults['particles']})")
     add("--draft-tokens", int, f"largest number of draft tokens K (default {defaults['draft_tokens']})")
     add("--groups", int, f"requests at once (default {defaults['groups']})")

@@ -1,7 +1,8 @@
 """Names of the element types an engine can have, and what they mean to torch and to safetensors.
 
-Configurations and manifests carry names ("bfloat16"); tensors carry torch dtypes. Example: dtype_bytes("bfloat16") is
-2, torch_dtype("float32") is torch.float32 and SAFETENSORS_NAMES["bfloat16"] is "BF16".
+Activations are one of ENGINE_DTYPES; matrices and KV pages may be FP8 (smc_build.precision). Configurations and manifests
+carry names ("bfloat16"); tensors carry torch dtypes. Example: dtype_bytes("bfloat16") is 2, torch_dtype("float32") is
+torch.float32 and SAFETENSORS_NAMES["bfloat16"] is "BF16".
 """
 
 import torch
@@ -9,16 +10,17 @@ import torch
 from smc_build.closest import suggest
 from smc_plugin.errors import ConfigError
 
-_TORCH_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ENGINE_DTYPES: tuple[str, ...] = tuple(_TORCH_DTYPES)
-SAFETENSORS_NAMES: dict[str, str] = {"float32": "F32", "bfloat16": "BF16"}
+FP8 = "float8_e4m3fn"
+ENGINE_DTYPES: tuple[str, ...] = ("float32", "bfloat16")
+_TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in (*ENGINE_DTYPES, FP8)}
+SAFETENSORS_NAMES: dict[str, str] = {"float32": "F32", "bfloat16": "BF16", FP8: "F8_E4M3"}
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """Return the torch dtype for a name; a torch dtype passes through.
 
     Raises:
-        ConfigError: the name is not one of ENGINE_DTYPES.
+        ConfigError: the name is neither one of ENGINE_DTYPES nor FP8.
     """
     if isinstance(dtype, torch.dtype):
         return dtype

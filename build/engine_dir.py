@@ -24,11 +24,12 @@ from safetensors import SafetensorError, safe_open
 
 from smc_build.dtypes import torch_dtype
 from smc_build.model_config import ModelConfig
+from smc_build.precision import Precision
 from smc_build.shard_file import FileEntry, hash_file
 from smc_build.weights import weight_shapes
 from smc_plugin.errors import EngineDirError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 Role = Literal["target", "draft"]
@@ -37,9 +38,10 @@ _REBUILD = "rebuild the engine directory with smc-build"
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One model of an engine: its config, the name it was built from and a SHA-256 over the files it was built from."""
+    """One model of an engine: its config, its element types, the name it was built from and a SHA-256 over those files."""
 
     config: ModelConfig
+    precision: Precision
     source: str
     source_sha256: str
 
@@ -48,10 +50,10 @@ class ModelEntry:
 class Manifest:
     """Everything a run time must know about an engine directory besides the tensors.
 
-    max_particles, max_draft_tokens and max_groups bound what requests may ask (N, K, requests at once); max_seq_len and
-    page_size count tokens; row_buckets are the row counts that regions are prepared for. plans is empty with the torch
-    back end, else it holds compiler, version, gpu and files (role to region to rows to path). tactics stays empty until
-    regions are timed. files maps relative paths to sizes and hashes.
+    dtype is the activations' (of both models); max_particles, max_draft_tokens and max_groups bound what requests may ask
+    (N, K, requests at once); max_seq_len and page_size count tokens; row_buckets are the row counts that regions are
+    prepared for. plans is empty with the torch back end, else it holds compiler, version, gpu and files (role to region to
+    rows to path). tactics stays empty until regions are timed. files maps relative paths to sizes and hashes.
     """
 
     name: str
@@ -126,7 +128,8 @@ class Manifest:
 
 
 def _model_entry(values: dict[str, Any]) -> ModelEntry:
-    return ModelEntry(**{**values, "config": ModelConfig.from_dict(values["config"])})
+    config, precision = ModelConfig.from_dict(values["config"]), Precision(**values["precision"])
+    return ModelEntry(**{**values, "config": config, "precision": precision})
 
 
 def is_engine_dir(path: Path) -> bool:
@@ -190,7 +193,7 @@ def load_weights(
         role: "target" or "draft".
         rank: the tensor-parallel rank, from 0.
         device: where the tensors go; on the CPU they are mapped, not read.
-        dtype: converts when it differs from the engine's; None keeps the engine's.
+        dtype: converts the activations' type when it differs from the engine's; FP8 matrices and scales stay.
     Returns:
         canonical name to tensor, shaped as `weight_shapes` says.
     Raises:
@@ -198,7 +201,8 @@ def load_weights(
     """
     path = Path(path)
     manifest = load_manifest(path, verify=False)
-    shapes = weight_shapes(manifest.model(role).config)
+    entry = manifest.model(role)
+    shapes = weight_shapes(entry.config, entry.precision)
     name = weight_file(role, rank)
     if name not in manifest.files:
         raise EngineDirError(
@@ -208,9 +212,14 @@ def load_weights(
     try:
         with safe_open(path / name, framework="pt", device=str(device)) as file:
             for key in file.keys():  # noqa: SIM118 - the handle is not iterable
-                out[key] = file.get_tensor(key).to(wanted)
+                tensor = file.get_tensor(key)
+                keeps = key.endswith("_scale") or entry.precision.is_fp8(key)
+                out[key] = tensor if keeps else tensor.to(wanted)
     except (SafetensorError, OSError) as error:
         raise EngineDirError(f"cannot read {name} ({error}), expected a safetensors file: {_REBUILD}") from error
+    for key, tensor in out.items():
+        if entry.precision.is_fp8(key) and tensor.dtype != torch.float8_e4m3fn:
+            raise EngineDirError(f"{name}: tensor {key} is {tensor.dtype}, expected float8_e4m3fn: {_REBUILD}")
     found = {key: tuple(tensor.shape) for key, tensor in out.items()}
     for key in [*shapes, *found]:
         if found.get(key) != shapes.get(key):

@@ -221,10 +221,15 @@ def _refuse_unsupported(hf: dict[str, Any], family: str) -> None:
         refuse("mlp_bias", "none")
     if _uses_sliding_window(hf):
         refuse("sliding-window attention", "full attention in every layer")
-    if hf.get("quantization_config"):
-        refuse("quantized weights (quantization_config)", "float32, bfloat16 or float16 weights")
+    if hf.get("quantization_config") and not is_modelopt_fp8(hf["quantization_config"]):
+        refuse("quantized weights (quantization_config)", "float32, bfloat16 or float16 weights, or modelopt's FP8")
     if hf.get("partial_rotary_factor", 1.0) not in (None, 1.0):
         refuse(f"partial_rotary_factor {hf['partial_rotary_factor']}", "1.0")
+
+
+def is_modelopt_fp8(quantization: Any) -> bool:
+    """Whether a quantization_config says FP8 by tensor, as modelopt exports it."""
+    return isinstance(quantization, dict) and quantization.get("quant_algo") == "FP8"
 
 
 def _uses_sliding_window(hf: dict[str, Any]) -> bool:

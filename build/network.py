@@ -13,15 +13,15 @@ Rope, the q/k norms of Qwen3 and attention belong to the caller: they read and w
 at 16 rows maps x [16, 2048] to qkv [16, 3072]; 15 block calls bind the same spec to other weights (`layer_inputs`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 
-from smc_build.dtypes import dtype_name
 from smc_build.model_config import ModelConfig
-from smc_build.weights import head_weight, layer_shapes
+from smc_build.precision import SCALES, Precision, as_precision
+from smc_build.weights import head_weight, layer_shapes, weight_shapes
 from smc_plugin.errors import ConfigError
 
 RegionName = Literal["entry", "block", "exit", "head"]
@@ -32,11 +32,19 @@ class Ops(Protocol):
     """What a back end must be able to do; a tensor is whatever the back end uses for one.
 
     Every op is free of data-dependent control flow, so that a back end may record a network instead of computing.
-    Quantization and collectives join as further methods; regions that do not call them are unaffected.
+    Collectives join as further methods; regions that do not call them are unaffected.
     """
 
     def matmul(self, x: Any, w: Any, bias: Any = None, transpose_w: bool = False) -> Any:
         """x [rows, in] @ w [in, out] (or w [out, in] with transpose_w), plus bias [out]."""
+        ...
+
+    def fp8_matmul(self, x: Any, w: Any, scale: Any, input_scale: Any, bias: Any = None) -> Any:
+        """x [rows, in] @ FP8 w [out, in], transposed, times scale [out] float32, plus bias [out].
+
+        Args:
+            input_scale: [1] float32; a back end that rounds x to FP8 rounds x / input_scale.
+        """
         ...
 
     def rms_norm(self, x: Any, w: Any, eps: float) -> Any:
@@ -75,30 +83,38 @@ class RegionSpec:
     build: Callable[[Ops, dict[str, Any]], dict[str, Any]]
 
 
-def region_specs(config: ModelConfig, dtype: str | torch.dtype) -> dict[str, RegionSpec]:
+def region_specs(config: ModelConfig, dtype: str | torch.dtype | Precision) -> dict[str, RegionSpec]:
     """Describe the four regions of a decoder.
 
     Args:
         config: the decoder.
-        dtype: element type of weights and activations; logits are float32.
+        dtype: element type of weights and activations, or one for each; logits are float32.
     Returns:
         "entry", "block", "exit" and "head" to their specs.
     """
-    name, eps = dtype_name(dtype), config.rms_eps
-    shapes = layer_shapes(config)
+    precision, eps = as_precision(dtype), config.rms_eps
+    name = precision.activations
+    shapes = {**layer_shapes(config, precision), **weight_shapes(config, precision)}
 
     def rows(tensor: str, width: int, as_dtype: str = name) -> TensorSpec:
         return TensorSpec(tensor, (ROWS, width), as_dtype)
 
     def weights(*names: str, prefix: str = "") -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(prefix + weight, shapes[weight], name) for weight in names)
+        return tuple(
+            TensorSpec(prefix + weight, shapes[weight], precision.dtype_of(weight))
+            for weight in with_scales(names, precision)
+        )
 
     attention_in = ("attn_norm", "qkv", "qkv_bias") if config.qkv_bias else ("attn_norm", "qkv")
     x, residual = rows("x", config.hidden_size), rows("residual", config.hidden_size)
     attn, qkv, hidden = rows("attn", config.q_size), rows("qkv", config.qkv_size), rows("hidden", config.hidden_size)
     mlp = weights("o", "mlp_norm", "gate_up", "down")
     final_norm = TensorSpec("final_norm", (config.hidden_size,), name)
-    lm_head = TensorSpec("lm_head", (config.vocab_size, config.hidden_size), name)
+    lm_head = (
+        weights("lm_head")
+        if not config.tied_head
+        else (TensorSpec("lm_head", (config.vocab_size, config.hidden_size), name),)
+    )
     logits = rows("logits", config.vocab_size, "float32")
     regions = (
         RegionSpec("entry", (x, *weights(*attention_in)), (qkv,), lambda ops, t: _entry(ops, t, eps)),
@@ -109,27 +125,42 @@ def region_specs(config: ModelConfig, dtype: str | torch.dtype) -> dict[str, Reg
             lambda ops, t: _block(ops, t, eps),
         ),
         RegionSpec("exit", (attn, residual, *mlp, final_norm), (hidden,), lambda ops, t: _exit(ops, t, eps)),
-        RegionSpec("head", (hidden, lm_head), (logits,), _head),
+        RegionSpec("head", (hidden, *lm_head), (logits,), _head),
     )
     return {region.name: region for region in regions}
 
 
-def layer_inputs(config: ModelConfig, region: str, layer: int | None = None) -> dict[str, str]:
+def with_scales(names: Sequence[str], precision: Precision) -> Iterator[str]:
+    """The weights, each FP8 one followed by its scales."""
+    for name in names:
+        yield name
+        if precision.is_fp8(name):
+            yield from (name + suffix for suffix in SCALES)
+
+
+def layer_inputs(
+    config: ModelConfig, region: str, layer: int | None = None, precision: Precision | None = None
+) -> dict[str, str]:
     """Say which canonical weight each weight input of a region takes.
 
     Args:
         config: the decoder.
         region: "entry" (layer 0), "block" (layers 0 to L-2), "exit" (layer L-1) or "head".
         layer: the layer whose attention precedes the region; needed for "block" only.
+        precision: says which matrices are FP8 and so have scales; None means none.
     Returns:
         region input name to weight name.
     Raises:
         ConfigError: the region is unknown or the layer has no such region.
     """
     last = config.num_layers - 1
-    attention_in = ("attn_norm", "qkv", "qkv_bias") if config.qkv_bias else ("attn_norm", "qkv")
+
+    def scaled(*names: str) -> Iterator[str]:
+        return iter(names) if precision is None else with_scales(names, precision)
+
+    attention_in = list(scaled("attn_norm", "qkv", *(("qkv_bias",) if config.qkv_bias else ())))
     if region == "head":
-        return {"lm_head": head_weight(config)}
+        return {"lm_head": head_weight(config)} if config.tied_head else {name: name for name in scaled("lm_head")}
     allowed = {"entry": (0, 0), "block": (0, last - 1), "exit": (last, last)}.get(region)
     if allowed is None:
         raise ConfigError(f"region {region!r} does not exist, expected entry, block, exit or head: correct the name")
@@ -141,27 +172,34 @@ def layer_inputs(config: ModelConfig, region: str, layer: int | None = None) -> 
         )
     if region == "entry":
         return {weight: f"layers.{index}.{weight}" for weight in attention_in}
-    bound = {weight: f"layers.{index}.{weight}" for weight in ("o", "mlp_norm", "gate_up", "down")}
+    bound = {weight: f"layers.{index}.{weight}" for weight in scaled("o", "mlp_norm", "gate_up", "down")}
     if region == "exit":
         return {**bound, "final_norm": "final_norm"}
     return {**bound, **{f"next_{weight}": f"layers.{index + 1}.{weight}" for weight in attention_in}}
 
 
+def _product(ops: Ops, t: dict[str, Any], weight: str, x: Any, bias: Any = None) -> Any:
+    """x times a weight, which has scales when it is FP8."""
+    if f"{weight}_scale" in t:
+        return ops.fp8_matmul(x, t[weight], t[f"{weight}_scale"], t[f"{weight}_input_scale"], bias)
+    return ops.matmul(x, t[weight], bias)
+
+
 def _entry(ops: Ops, t: dict[str, Any], eps: float) -> dict[str, Any]:
     normed = ops.rms_norm(t["x"], t["attn_norm"], eps)
-    return {"qkv": ops.matmul(normed, t["qkv"], t.get("qkv_bias"))}
+    return {"qkv": _product(ops, t, "qkv", normed, t.get("qkv_bias"))}
 
 
 def _feed_forward(ops: Ops, t: dict[str, Any], eps: float) -> Any:
-    residual = ops.add(t["residual"], ops.matmul(t["attn"], t["o"]))
-    gate_up = ops.matmul(ops.rms_norm(residual, t["mlp_norm"], eps), t["gate_up"])
-    return ops.add(residual, ops.matmul(ops.silu_mul(gate_up), t["down"]))
+    residual = ops.add(t["residual"], _product(ops, t, "o", t["attn"]))
+    gate_up = _product(ops, t, "gate_up", ops.rms_norm(residual, t["mlp_norm"], eps))
+    return ops.add(residual, _product(ops, t, "down", ops.silu_mul(gate_up)))
 
 
 def _block(ops: Ops, t: dict[str, Any], eps: float) -> dict[str, Any]:
     residual = _feed_forward(ops, t, eps)
     normed = ops.rms_norm(residual, t["next_attn_norm"], eps)
-    return {"qkv": ops.matmul(normed, t["next_qkv"], t.get("next_qkv_bias")), "residual": residual}
+    return {"qkv": _product(ops, t, "next_qkv", normed, t.get("next_qkv_bias")), "residual": residual}
 
 
 def _exit(ops: Ops, t: dict[str, Any], eps: float) -> dict[str, Any]:
@@ -169,4 +207,6 @@ def _exit(ops: Ops, t: dict[str, Any], eps: float) -> dict[str, Any]:
 
 
 def _head(ops: Ops, t: dict[str, Any]) -> dict[str, Any]:
+    if "lm_head_scale" in t:
+        return {"logits": ops.to_float32(_product(ops, t, "lm_head", t["hidden"]))}
     return {"logits": ops.to_float32(ops.matmul(t["hidden"], t["lm_head"], transpose_w=True))}

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smc_build.checkpoint import largest_tensor_bytes
-from smc_build.dtypes import dtype_name
+from smc_build.dtypes import FP8
 from smc_build.engine_dir import Role
 from smc_build.machine import device_memory, format_bytes, free_disk_bytes, free_memory_bytes, same_disk
+from smc_build.precision import FP8_OPTION, Precision
+from smc_build.precision import resolve as resolve_precisions
 from smc_build.presets import CHECKPOINTS_FOLDER, ModelSource, resolve
 from smc_build.tensorrt_api import load
+from smc_build.weights import weight_bytes
 from smc_plugin.errors import CheckpointError, ConfigError, SmcError
 
 NO_DRAFT = "none"
@@ -24,6 +27,7 @@ _USABLE_MEMORY = 0.9
 # A build holds one canonical tensor, its stored parts and their converted copies.
 _TENSORS_IN_MEMORY = 3
 _SMALL_BUCKETS = (8, 16, 32, 48, 64, 96, 112, 128)
+_ROLES: tuple[Role, ...] = ("target", "draft")
 _LIMITS = {"particles": (1, 256), "draft_tokens": (0, 64), "groups": (1, 256), "page_size": (1, 256), "tp": (1, 64)}
 
 
@@ -32,7 +36,9 @@ class BuildOptions:
     """What a user asks of a build; the defaults of the command line are these.
 
     checkpoint and draft are folders or preset names; draft None takes the preset's default and "none" builds without
-    one. dtype None is bfloat16 for presets and where there is a GPU, else float32 (CPUs compute it faster).
+    one. dtype None is fp8 for a checkpoint that holds FP8 weights, else bfloat16 for presets and where there is a GPU, else
+    float32 (CPUs compute it faster). draft_dtype, head_dtype and kv_dtype: see smc_build.precision.resolve. calibration is a
+    text file for --dtype fp8; without it the model writes its own.
     particles, draft_tokens and groups are the largest N, K and number of concurrent requests; smaller ones can be
     asked at run time. max_seq_len None is the smaller of 4096 and what both models support. output None is
     engines/<name>-tp<tp>.
@@ -42,6 +48,10 @@ class BuildOptions:
     draft: str | None = None
     tp: int = 1
     dtype: str | None = None
+    draft_dtype: str | None = None
+    head_dtype: str | None = None
+    kv_dtype: str | None = None
+    calibration: Path | None = None
     particles: int = 8
     draft_tokens: int = 8
     groups: int = 4
@@ -65,7 +75,7 @@ class BuildPlan:
     options: BuildOptions
     name: str
     output: Path
-    dtype: str
+    precisions: dict[Role, Precision]
     max_seq_len: int
     target: ModelSource
     draft: ModelSource | None
@@ -75,19 +85,32 @@ class BuildPlan:
     compiler: str
 
     @property
+    def dtype(self) -> str:
+        """Element type of both models' activations."""
+        return self.precisions["target"].activations
+
+    @property
+    def roles(self) -> list[tuple[Role, ModelSource]]:
+        """The target, and the draft when there is one, by role."""
+        target: list[tuple[Role, ModelSource]] = [("target", self.target)]
+        return target if self.draft is None else [*target, ("draft", self.draft)]
+
+    @property
     def models(self) -> list[ModelSource]:
         """The target, and the draft when there is one."""
-        return [self.target] if self.draft is None else [self.target, self.draft]
+        return [model for _, model in self.roles]
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights."""
-        return sum(model.config.weight_bytes(self.dtype) for model in self.models)
+        return sum(weight_bytes(model.config, self.precisions[role]) for role, model in self.roles)
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one KV page, both models."""
-        return self.options.page_size * sum(model.config.kv_bytes_per_token(self.dtype) for model in self.models)
+        return self.options.page_size * sum(
+            model.config.kv_bytes_per_token(self.precisions[role].kv) for role, model in self.roles
+        )
 
     @property
     def num_pages(self) -> int:
@@ -121,16 +144,18 @@ def make_plan(options: BuildOptions) -> BuildPlan:
             f"{target.config.vocab_size}: "
             "choose a draft with the same vocabulary"
         )
-    models = [target] if draft is None else [target, draft]
     memory_name, memory_bytes = device_memory()
+    precisions = _choose_precisions(options, target, draft, memory_name)
+    target = with_own_head(target, precisions["target"])
+    draft = None if draft is None else with_own_head(draft, precisions["draft"])
+    models = [target] if draft is None else [target, draft]
     name = options.name or target.name
-    dtype = _choose_dtype(options, target, memory_name)
-    api = load(options.compiler, dtype)
+    api = load(options.compiler, precisions["target"].activations)
     return BuildPlan(
         options=options,
         name=_checked_name(name),
         output=options.output or Path("engines") / f"{name}-tp{options.tp}",
-        dtype=dtype,
+        precisions=precisions,
         max_seq_len=_choose_max_seq_len(options, models),
         target=target,
         draft=draft,
@@ -214,8 +239,6 @@ def _check_ranges(options: BuildOptions) -> None:
             raise ConfigError(f"{flag} is {value}, expected {low} to {high}: choose a value in that range")
     if options.page_size & (options.page_size - 1):
         raise ConfigError(f"--page-size is {options.page_size}, expected a power of two: use 16")
-    if options.dtype is not None:
-        dtype_name(options.dtype)
 
 
 def _resolve_draft(options: BuildOptions, target: ModelSource) -> ModelSource | None:
@@ -229,9 +252,55 @@ def _resolve_draft(options: BuildOptions, target: ModelSource) -> ModelSource | 
     return None if name == NO_DRAFT else resolve(name)
 
 
-def _choose_dtype(options: BuildOptions, target: ModelSource, memory_name: str) -> str:
+def _choose_precisions(
+    options: BuildOptions, target: ModelSource, draft: ModelSource | None, memory_name: str
+) -> dict[Role, Precision]:
     default = "bfloat16" if target.preset is not None or memory_name == "GPU memory" else "float32"
-    return dtype_name(options.dtype or default)
+    dtype = options.dtype or (FP8_OPTION if target.stores_fp8 else default)
+    draft_dtype = options.draft_dtype or (FP8_OPTION if draft is not None and draft.stores_fp8 else None)
+    if draft is None and draft_dtype is not None:
+        raise ConfigError(
+            f"--draft-dtype is {draft_dtype}, expected none without a draft: leave it out, or name a --draft"
+        )
+    found = dict(zip(_ROLES, resolve_precisions(dtype, draft_dtype, options.head_dtype, options.kv_dtype), strict=True))
+    for (role, precision), model in zip(found.items(), (target, draft), strict=True):
+        if model is not None and model.stores_fp8 and precision.matrices != FP8 and not options.random_weights:
+            raise ConfigError(
+                f"{model.name} holds FP8 weights, the {role} is to have {precision.matrices} ones, expected fp8: use "
+                f"--{'' if role == 'target' else 'draft-'}dtype fp8, or a checkpoint that is not quantized"
+            )
+    _check_calibration(options, found, target, draft)
+    return found if draft is not None else {"target": found["target"]}
+
+
+def _check_calibration(
+    options: BuildOptions, precisions: dict[Role, Precision], target: ModelSource, draft: ModelSource | None
+) -> None:
+    if options.calibration is None:
+        return
+    models: dict[Role, ModelSource | None] = {"target": target, "draft": draft}
+    calibrated = [
+        role for role, model in models.items() if model is not None and needs_quantizing(model, precisions[role])
+    ]
+    if options.random_weights or not calibrated:
+        raise ConfigError(
+            f"--calibration is {options.calibration}, expected none where nothing is quantized: add --dtype fp8 or "
+            "--draft-dtype fp8 and a checkpoint that is not FP8 yet, or leave it out"
+        )
+    if not options.calibration.is_file():
+        raise ConfigError(f"--calibration {options.calibration} is not a file, expected a text file: correct the path")
+
+
+def needs_quantizing(model: ModelSource, precision: Precision) -> bool:
+    """Whether a checkpoint's matrices must be made FP8."""
+    return precision.matrices == FP8 and not model.stores_fp8
+
+
+def with_own_head(model: ModelSource, precision: Precision) -> ModelSource:
+    """The model with a head of its own where that head is FP8 and the embedding, which it may be tied to, is not."""
+    if not precision.is_fp8("lm_head"):
+        return model
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, tied_head=False))
 
 
 def _choose_max_seq_len(options: BuildOptions, models: list[ModelSource]) -> int:

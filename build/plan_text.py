@@ -3,10 +3,13 @@
 Example: the target line of llama-1b in bfloat16 ends "1,235,814,400 parameters, 2.47 GB, KV 32,768 bytes per token".
 """
 
+from smc_build.engine_dir import Role
 from smc_build.machine import format_bytes
 from smc_build.plan import BuildPlan
+from smc_build.precision import describe_types
 from smc_build.presets import PRESETS, ModelSource
 from smc_build.tensorrt_api import PORTABLE, find
+from smc_build.weights import weight_bytes
 
 _GPUS = {PORTABLE: "any GPU it supports"}
 
@@ -15,13 +18,14 @@ def describe(plan: BuildPlan) -> str:
     """Write the plan as the lines a user reads before a build starts."""
     options = plan.options
     lines = [f"Plan for {plan.output}", ""]
-    for role, model in (("target", plan.target), ("draft", plan.draft)):
-        lines.append(f"  {role:<13}{'none: target mode only' if model is None else _describe_model(plan, model)}")
+    shown: dict[Role, ModelSource | None] = {"target": plan.target, "draft": plan.draft}
+    for role, model in shown.items():
+        lines.append(f"  {role:<13}{'none: target mode only' if model is None else _describe_model(plan, role, model)}")
     lines += [
         f"  {'limits':<13}N <= {options.particles} particles, K <= {options.draft_tokens} draft tokens, "
         f"{options.groups} requests at once, {plan.max_seq_len} tokens each",
         f"  {'row buckets':<13}{', '.join(map(str, plan.row_buckets))}",
-        f"  {'weights':<13}{format_bytes(plan.weight_bytes)} as {plan.dtype}"
+        f"  {'weights':<13}{format_bytes(plan.weight_bytes)} as {describe_types(plan.precisions)}"
         + (" (random)" if options.random_weights else ""),
         f"  {'compiler':<13}{_describe_compiler(plan)}",
         f"  {'KV pages':<13}{plan.num_pages:,} of {options.page_size} tokens ({format_bytes(plan.page_bytes)} each) fit into "
@@ -58,11 +62,11 @@ def _describe_compiler(plan: BuildPlan) -> str:
     return f"{api.compiler} {api.version}: plans for {_GPUS.get(api.target(), api.target())}"
 
 
-def _describe_model(plan: BuildPlan, model: ModelSource) -> str:
-    config = model.config
+def _describe_model(plan: BuildPlan, role: Role, model: ModelSource) -> str:
+    config, precision = model.config, plan.precisions[role]
     where = model.folder or ("no checkpoint needed" if plan.options.random_weights else "to be fetched from the Hub")
     return (
         f"{model.name}: {config.family}, {config.num_layers} layers, hidden {config.hidden_size}, "
-        f"{config.num_parameters:,} parameters, {format_bytes(config.weight_bytes(plan.dtype))}, KV "
-        f"{config.kv_bytes_per_token(plan.dtype):,} bytes per token ({where})"
+        f"{config.num_parameters:,} parameters, {format_bytes(weight_bytes(config, precision))}, KV "
+        f"{config.kv_bytes_per_token(precision.kv):,} bytes per token ({where})"
     )

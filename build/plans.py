@@ -11,8 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from smc_build.dtypes import FP8
 from smc_build.model_config import ModelConfig
 from smc_build.network import ROWS, RegionSpec, TensorSpec, region_specs
+from smc_build.precision import Precision
 from smc_build.tensorrt_api import TensorrtApi
 from smc_build.tensorrt_ops import TensorrtOps
 from smc_plugin.errors import ConfigError, SmcError
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 OUTPUT_SUFFIX = "_out"
 # With weights as inputs a 1-row plan is more than twice as slow as an 8-row one: single rows are padded.
 MIN_ROWS = 8
-_DATA_TYPES = {"float32": "FLOAT", "bfloat16": "BF16"}
+DATA_TYPES = {"float32": "FLOAT", "bfloat16": "BF16", FP8: "FP8"}
 
 
 @dataclass
@@ -135,13 +137,15 @@ def build_plan(api: TensorrtApi, spec: RegionSpec, rows: int) -> Plan:
     return Plan(spec.name, rows, data, time.perf_counter() - started)
 
 
-def build_plans(api: TensorrtApi, config: ModelConfig, dtype: str, buckets: Sequence[int]) -> Iterator[Plan]:
+def build_plans(
+    api: TensorrtApi, config: ModelConfig, dtype: str | Precision, buckets: Sequence[int]
+) -> Iterator[Plan]:
     """Compile every region of a model for every row bucket.
 
     Args:
         api: the installed TensorRT.
         config: the decoder.
-        dtype: element type of weights and activations.
+        dtype: element type of weights and activations, or one for each.
         buckets: row counts, each at least MIN_ROWS.
     Returns:
         the plans one by one, regions in network order, buckets in the given order.
@@ -176,12 +180,12 @@ def build_plugin_plan(api: TensorrtApi, contract: Contract, sizes: Mapping[str, 
 
 
 def _data_type(api: TensorrtApi, tensor: TensorSpec) -> Any:
-    if tensor.dtype not in _DATA_TYPES:
+    if tensor.dtype not in DATA_TYPES:
         raise ConfigError(
-            f"{tensor.name} has dtype {tensor.dtype}, expected one of {', '.join(_DATA_TYPES)} in a plan: use "
+            f"{tensor.name} has dtype {tensor.dtype}, expected one of {', '.join(DATA_TYPES)} in a plan: use "
             "--compiler torch"
         )
-    return api.trt.DataType.__members__[_DATA_TYPES[tensor.dtype]]
+    return api.trt.DataType.__members__[DATA_TYPES[tensor.dtype]]
 
 
 def _check_output(api: TensorrtApi, spec: RegionSpec, tensor: TensorSpec, rows: int, found: "trt.ITensor") -> None:

@@ -8,7 +8,7 @@ so the plan can be printed, and random weights built, before anything is fetched
 from dataclasses import dataclass
 from pathlib import Path
 
-from smc_build.checkpoint import read_config
+from smc_build.checkpoint import read_config, stores_fp8
 from smc_build.closest import suggest
 from smc_build.machine import format_bytes, free_disk_bytes
 from smc_build.model_config import ModelConfig, RopeConfig, RopeScaling
@@ -30,12 +30,16 @@ class Preset:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from: a folder, or (folder is None) a preset that has not been fetched."""
+    """Where a model comes from: a folder, or (folder is None) a preset that has not been fetched.
+
+    stores_fp8 says that the folder holds FP8 weights already, as modelopt exports them.
+    """
 
     name: str
     config: ModelConfig
     folder: Path | None
     preset: Preset | None
+    stores_fp8: bool = False
 
 
 def _llama(
@@ -146,7 +150,7 @@ def resolve(name: str) -> ModelSource:
     path = Path(name)
     preset = PRESETS.get(name)
     if path.is_dir():
-        return ModelSource(path.resolve().name, read_config(path), path, None)
+        return ModelSource(path.resolve().name, read_config(path), path, None, stores_fp8(path))
     if preset is None:
         raise ConfigError(
             f"{name!r} is neither a folder nor a preset, expected a Hugging Face folder or one of "
@@ -155,7 +159,7 @@ def resolve(name: str) -> ModelSource:
         )
     for folder in (CHECKPOINTS_FOLDER / name, CHECKPOINTS_FOLDER / preset.hub_name.split("/")[1]):
         if folder.is_dir():
-            return ModelSource(name, read_config(folder), folder, preset)
+            return ModelSource(name, read_config(folder), folder, preset, stores_fp8(folder))
     return ModelSource(name, preset.config, None, preset)
 
 
@@ -198,4 +202,4 @@ def fetch(source: ModelSource) -> ModelSource:
             f"into {folder}, or use --random-weights for speed work"
         ) from error
     partial.rename(folder)
-    return ModelSource(source.name, read_config(folder), folder, source.preset)
+    return ModelSource(source.name, read_config(folder), folder, source.preset, stores_fp8(folder))

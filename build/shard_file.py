@@ -32,7 +32,7 @@ def write_shard(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Iterable[tuple[str, torch.Tensor]],
-    dtype: str,
+    dtype: str | Callable[[str], str],
     on_written: Callable[[int], object] | None = None,
 ) -> FileEntry:
     """Stream tensors into a safetensors file.
@@ -41,22 +41,23 @@ def write_shard(
         path: the file to create.
         shapes: every tensor's shape, in the order `tensors` yields them.
         tensors: (name, tensor) pairs.
-        dtype: element type name of all tensors.
+        dtype: element type name of all tensors, or says each one's from its name.
         on_written: told the number of bytes after each tensor.
     Returns:
         size and hash of the file.
     Raises:
         ValueError: a tensor does not come in the announced order, shape or dtype.
     """
+    dtypes = {name: dtype if isinstance(dtype, str) else dtype(name) for name in shapes}
     digest, total = hashlib.sha256(), 0
     expected = iter(shapes.items())
     with path.open("wb") as file:
-        header = _header(shapes, dtype)
+        header = _header(shapes, dtypes)
         file.write(header)
         digest.update(header)
         total += len(header)
         for name, tensor in tensors:
-            if next(expected, None) != (name, tuple(tensor.shape)) or tensor.dtype != torch_dtype(dtype):
+            if next(expected, None) != (name, tuple(tensor.shape)) or tensor.dtype != torch_dtype(dtypes[name]):
                 raise ValueError(f"{name} {list(tensor.shape)} {tensor.dtype} comes out of order or shape")
             data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
             file.write(data)
@@ -76,11 +77,12 @@ def hash_file(path: Path) -> FileEntry:
     return FileEntry(path.stat().st_size, digest.hexdigest())
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:
+def _header(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> bytes:
     entries, offset = {}, 0
     for name, shape in shapes.items():
-        end = offset + math.prod(shape) * dtype_bytes(dtype)
-        entries[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        end = offset + math.prod(shape) * dtype_bytes(dtypes[name])
+        stored = SAFETENSORS_NAMES[dtypes[name]]
+        entries[name] = {"dtype": stored, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)

@@ -45,6 +45,30 @@ class TensorrtOps:
         product = self._output(layer, "matmul")
         return product if bias is None else self.add(product, self._as_row(bias))
 
+    def fp8_matmul(
+        self,
+        x: "trt.ITensor",
+        w: "trt.ITensor",
+        scale: "trt.ITensor",
+        input_scale: "trt.ITensor",
+        bias: "trt.ITensor | None" = None,
+    ) -> "trt.ITensor":
+        """round(x / input_scale) @ w [out, in] transposed, times input_scale * scale, plus bias; x is rounded to FP8.
+
+        Quantize and dequantize layers have the constant scale 1, so that the product takes TensorRT's FP8 path although
+        the real scales are inputs, which multiply before and after it.
+        """
+        one = self._scalar(1.0, ())
+        step = self._as_row(input_scale)
+        small = self._cast(self._elementwise(self.to_float32(x), step, "DIV"), x.dtype)
+        rounded = self._output(self._network.add_quantize(small, one, self._trt.DataType.FP8), "quantize")
+        left, right = (
+            self._output(self._network.add_dequantize(tensor, one, x.dtype), "dequantize") for tensor in (rounded, w)
+        )
+        product = self.to_float32(self.matmul(left, right, transpose_w=True))
+        scaled = self._elementwise(self._elementwise(product, step, "PROD"), self._as_row(scale), "PROD")
+        return self._cast(scaled if bias is None else self.add(scaled, self.to_float32(self._as_row(bias))), x.dtype)
+
     def rms_norm(self, x: "trt.ITensor", w: "trt.ITensor", eps: float) -> "trt.ITensor":
         """Normalise rows in float32, return in x's type."""
         wide = self.to_float32(x)
@@ -85,9 +109,9 @@ class TensorrtOps:
         layer.reshape_dims = self._trt.Dims((1, vector.shape[0]))
         return self._output(layer, "row")
 
-    def _scalar(self, value: float) -> "trt.ITensor":
-        self.constants.append(np.array([[value]], dtype=np.float32))
-        layer = self._network.add_constant(self._trt.Dims((1, 1)), self._trt.Weights(self.constants[-1]))
+    def _scalar(self, value: float, shape: tuple[int, ...] = (1, 1)) -> "trt.ITensor":
+        self.constants.append(np.full(shape, value, dtype=np.float32))
+        layer = self._network.add_constant(self._trt.Dims(shape), self._trt.Weights(self.constants[-1]))
         return self._output(layer, "constant")
 
     def _elementwise(self, a: "trt.ITensor", b: "trt.ITensor", operation: str) -> "trt.ITensor":

@@ -9,6 +9,8 @@ emulation (36 against 356 ms for 72 rows of [576, 3072] on two AVX2 cores). Exam
 import torch
 import torch.nn.functional as F
 
+FP8_MAX = 448.0
+
 
 def _cpu_multiplies_bfloat16() -> bool:
     capabilities = torch.cpu.get_capabilities()
@@ -32,6 +34,22 @@ class TorchOps:
             return wide.to(x.dtype)
         return F.linear(x, w if transpose_w else w.t(), bias)
 
+    def fp8_matmul(
+        self,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        scale: torch.Tensor,
+        input_scale: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x [rows, in] @ w [out, in] transposed, times scale [out], plus bias [out]; x is not rounded to FP8.
+
+        w is FP8, or FP8 values in x's dtype (which holds them exactly).
+        """
+        is_cpu = x.device.type == "cpu"
+        product = (F.linear(x.float(), w.float()) if is_cpu else F.linear(x, w.to(x.dtype)).float()) * scale
+        return (product if bias is None else product + bias.float()).to(x.dtype)
+
     def rms_norm(self, x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
         """Normalise rows in float32, return in x's dtype."""
         wide = x.float()
@@ -50,3 +68,20 @@ class TorchOps:
     def to_float32(self, x: torch.Tensor) -> torch.Tensor:
         """Convert to float32."""
         return x.float()
+
+
+class Fp8InputOps(TorchOps):
+    """The same, but what an FP8 matrix multiplies is rounded to FP8 in steps of its input scale, as a plan rounds it."""
+
+    def fp8_matmul(
+        self,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        scale: torch.Tensor,
+        input_scale: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x [rows, in], rounded, @ w [out, in] transposed, times scale [out], plus bias [out]."""
+        steps = (x.float() / input_scale).to(x.dtype).clamp(-FP8_MAX, FP8_MAX)
+        rounded = steps.to(torch.float8_e4m3fn).to(x.dtype)
+        return super().fp8_matmul(rounded, w, scale * input_scale, input_scale, bias)

@@ -3,6 +3,9 @@
 A product is x @ W, so matrices are stored input dimension first (the faster layout for bfloat16): `layers.0.qkv` of
 Llama-3.2-1B is [2048, 3072], columns 0..2047 the queries, then 512 key and 512 value columns. Embedding and head keep
 one row per token. A tied head has no weight of its own: regions bind `embed` instead.
+
+FP8 matrices are stored output dimension first ([3072, 2048]), as FP8 products want them, each followed by its float32
+scales (smc_build.precision): `layers.0.qkv_scale` [3072] and `layers.0.qkv_input_scale` [1].
 """
 
 import hashlib
@@ -11,33 +14,65 @@ from collections.abc import Iterator
 
 import torch
 
-from smc_build.dtypes import torch_dtype
+from smc_build.dtypes import FP8, dtype_bytes, torch_dtype
 from smc_build.model_config import ModelConfig
+from smc_build.precision import Precision, as_precision
 
 # Odd and larger than any row, so that a repeated block never lines up with a matrix row: no two rows are equal.
 _RANDOM_BLOCK = (1 << 22) + 37
+_RANDOM_STD = 0.02
+# FP8's largest value, at so many standard deviations of a random matrix, and of what random matrices multiply.
+_FP8_MAX = 448.0
+_RANDOM_SIGMAS = 6.0
 
 
-def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def weight_shapes(config: ModelConfig, precision: Precision | None = None) -> dict[str, tuple[int, ...]]:
     """List every canonical weight with its shape, in storage order.
 
     Args:
         config: the decoder.
+        precision: says which matrices are FP8; None means none.
     Returns:
-        name to shape; the element counts add up to config.num_parameters.
+        name to shape; the element counts without FP8 scales add up to config.num_parameters.
     """
     hidden = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"embed": (config.vocab_size, hidden)}
+    layer_weights = layer_shapes(config, precision)
     for layer in range(config.num_layers):
-        shapes.update({f"layers.{layer}.{name}": shape for name, shape in layer_shapes(config).items()})
+        shapes.update({f"layers.{layer}.{name}": shape for name, shape in layer_weights.items()})
     shapes["final_norm"] = (hidden,)
     if not config.tied_head:
         shapes["lm_head"] = (config.vocab_size, hidden)
+        if precision is not None and precision.is_fp8("lm_head"):
+            shapes.update(_scale_shapes("lm_head", config.vocab_size))
     return shapes
 
 
-def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def weight_bytes(config: ModelConfig, precision: Precision) -> int:
+    """Bytes of all weights, scales included."""
+    return sum(
+        math.prod(shape) * dtype_bytes(precision.dtype_of(name))
+        for name, shape in weight_shapes(config, precision).items()
+    )
+
+
+def layer_shapes(config: ModelConfig, precision: Precision | None = None) -> dict[str, tuple[int, ...]]:
     """List the weights of one layer, without the `layers.N.` prefix, with their shapes."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in _plain_layer_shapes(config).items():
+        if precision is None or not precision.is_fp8(name):
+            shapes[name] = shape
+            continue
+        shapes[name] = shape[::-1]
+        shapes.update(_scale_shapes(name, shape[1]))
+    return shapes
+
+
+def _scale_shapes(name: str, columns: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}_scale": (columns,), f"{name}_input_scale": (1,)}
+
+
+def _plain_layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     hidden = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"attn_norm": (hidden,), "qkv": (hidden, config.qkv_size)}
     if config.qkv_bias:
@@ -58,7 +93,7 @@ def head_weight(config: ModelConfig) -> str:
 
 
 def random_weights(
-    config: ModelConfig, dtype: str | torch.dtype, seed: int, device: str | torch.device = "cpu"
+    config: ModelConfig, dtype: str | torch.dtype | Precision, seed: int, device: str | torch.device = "cpu"
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield seeded random weights, one canonical tensor at a time.
 
@@ -68,14 +103,15 @@ def random_weights(
 
     Args:
         config: the decoder.
-        dtype: element type of the tensors.
+        dtype: element type of the tensors, or one for each (FP8 matrices are made as such, one tensor at a time).
         seed: the same seed gives the same tensors on every device; each depends on the seed and its own name only.
         device: where the tensors go.
     Returns:
         pairs (name, tensor) in the order of `weight_shapes`.
     """
-    for name, shape in weight_shapes(config).items():
-        yield name, _random_tensor(name, shape, config, torch_dtype(dtype), seed, device)
+    precision = as_precision(dtype)
+    for name, shape in weight_shapes(config, precision).items():
+        yield name, _random_tensor(name, shape, config, torch_dtype(precision.dtype_of(name)), seed, device)
 
 
 def _random_tensor(
@@ -83,11 +119,20 @@ def _random_tensor(
 ) -> torch.Tensor:
     if name.endswith("norm"):
         return torch.ones(shape, dtype=dtype, device=device)
-    std = 0.02 / math.sqrt(2 * config.num_layers) if name.endswith((".o", ".down")) else 0.02
+    matrix = name.removesuffix("_input_scale").removesuffix("_scale")
+    std = _RANDOM_STD / math.sqrt(2 * config.num_layers) if matrix.endswith((".o", ".down")) else _RANDOM_STD
+    fp8_scale = std * _RANDOM_SIGMAS / _FP8_MAX
+    if name.endswith("_input_scale"):
+        return torch.full(shape, _RANDOM_SIGMAS / _FP8_MAX, dtype=dtype, device=device)
+    if name.endswith("_scale"):
+        return torch.full(shape, fp8_scale, dtype=dtype, device=device)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     count = math.prod(shape)
-    block = (torch.randn(min(count, _RANDOM_BLOCK), generator=generator) * std).to(device, dtype)
+    block = torch.randn(min(count, _RANDOM_BLOCK), generator=generator) * std
+    if dtype == torch_dtype(FP8):
+        block = (block / fp8_scale).clamp(-_FP8_MAX, _FP8_MAX)
+    block = block.to(device, dtype)
     flat = torch.empty(count, dtype=dtype, device=device)
     for start in range(0, count, _RANDOM_BLOCK):
         stop = min(start + _RANDOM_BLOCK, count)

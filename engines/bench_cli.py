@@ -63,6 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--preset", metavar="NAME", help="shapes of a preset or folder with its draft, random weights")
     parser.add_argument("--draft", metavar="NAME", help="another draft for --preset")
     parser.add_argument("--dtype", help="of --preset; default as smc-build chooses")
+    for name, what in (("draft", "the draft's matrices"), ("head", "heads beside FP8 matrices"), ("kv", "KV pages")):
+        parser.add_argument(f"--{name}-dtype", help=f"of {what}, with --preset; as in smc-build")
     parser.add_argument("--modes", default=",".join(MODES), help="comma-separated; default %(default)s")
     parser.add_argument("--n", "--particles", dest="particles", type=int, default=4, help="default %(default)s")
     parser.add_argument("--k", "--draft-tokens", dest="draft_tokens", type=int, default=4, help="default %(default)s")
@@ -313,6 +315,9 @@ def _load(args: argparse.Namespace) -> tuple[Engine, list[int] | None]:
         checkpoint=args.preset,
         draft=args.draft,
         dtype=args.dtype,
+        draft_dtype=args.draft_dtype,
+        head_dtype=args.head_dtype,
+        kv_dtype=args.kv_dtype,
         compiler="torch",  # an engine in memory has no plans
         particles=max(point.particles for point in points),
         draft_tokens=max(point.draft_tokens for point in points),

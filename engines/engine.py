@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from smc_build.builder import BuildOptions, WeightSource, random_engine
-from smc_build.engine_dir import Manifest, Role, load_manifest, load_weights, tokenizer_path
+from smc_build.dtypes import torch_dtype
+from smc_build.engine_dir import Manifest, ModelEntry, Role, load_manifest, load_weights, tokenizer_path
 from smc_build.model_config import ModelConfig
+from smc_build.precision import Precision
+from smc_build.weights import weight_bytes
 from smc_engines.config import ExecutorConfig, free_memory_bytes
 from smc_engines.kv_cache import total_blocks, worst_case_pages
 from smc_engines.model import PagedModel
@@ -23,6 +26,8 @@ from smc_engines.sampling_params import COLDEST, MAX_EOS_IDS, SamplingParams
 from smc_engines.text import Tokenizer
 from smc_plugin.backend import kernels_for
 from smc_plugin.errors import EngineDirError, RequestError
+
+FP8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,19 @@ class Plan:
     def uses_draft(self) -> bool:
         """Whether the draft model runs for this request."""
         return self.kind.num_draft_tokens > 0
+
+
+def check_fp8_gpu(name: str, capability: tuple[int, int]) -> None:
+    """Refuse a GPU whose instructions do not know FP8.
+
+    Raises:
+        EngineDirError: its compute capability is below 8.9.
+    """
+    if capability < FP8_CAPABILITY:
+        raise EngineDirError(
+            f"the engine has FP8 weights or KV pages, {name} has compute capability {capability[0]}.{capability[1]}, "
+            "expected 8.9 or more: use such a GPU, or rebuild with --dtype bfloat16 and without --kv-dtype"
+        )
 
 
 class Engine:
@@ -104,7 +122,8 @@ class Engine:
         )
         self.max_groups = config.max_groups or manifest.max_groups
         self.page_size = manifest.page_size
-        self.num_pages = self._size_pool([model for model in (target, draft) if model is not None])
+        self._check_fp8()
+        self.num_pages = self._size_pool()
 
         kernels = kernels_for(self.device, config.kernels)
         self.scratch = Scratch()  # plans of target and draft run one after the other
@@ -112,7 +131,8 @@ class Engine:
         def model(role: Role, model_config: ModelConfig) -> PagedModel:
             own = weights(role, self.device)
             regions = choose_regions(config.regions, manifest, role, own, path, self.scratch)
-            return PagedModel(model_config, own, self.num_pages, self.page_size, regions, kernels)
+            kv_dtype = torch_dtype(self.precisions[role].kv)
+            return PagedModel(model_config, own, self.num_pages, self.page_size, regions, kernels, kv_dtype)
 
         self.target = model("target", target)
         self.draft = model("draft", draft) if draft is not None else None
@@ -154,13 +174,26 @@ class Engine:
         limits = self.limits
         return total_blocks(1, limits.max_seq_len, 2 * limits.max_draft_tokens, self.page_size)
 
-    def _size_pool(self, models: Sequence[ModelConfig]) -> int:
+    @property
+    def precisions(self) -> dict[Role, Precision]:
+        """The models' element types by role."""
+        entries: dict[Role, ModelEntry | None] = {"target": self.manifest.target, "draft": self.manifest.draft}
+        return {role: entry.precision for role, entry in entries.items() if entry is not None}
+
+    def _check_fp8(self) -> None:
+        if self.device.type == "cuda" and any(precision.uses_fp8 for precision in self.precisions.values()):
+            check_fp8_gpu(torch.cuda.get_device_name(self.device), torch.cuda.get_device_capability(self.device))
+
+    def _size_pool(self) -> int:
         if self.config.num_pages is not None:
             return self.config.num_pages
-        limits, dtype = self.limits, self.manifest.dtype
-        weight_bytes = sum(model.weight_bytes(dtype) for model in models)
-        page_bytes = self.page_size * sum(model.kv_bytes_per_token(dtype) for model in models)
-        free = free_memory_bytes(self.device) - weight_bytes
+        limits = self.limits
+        configs = {role: self.manifest.model(role).config for role in self.precisions}
+        taken = sum(weight_bytes(configs[role], precision) for role, precision in self.precisions.items())
+        page_bytes = self.page_size * sum(
+            configs[role].kv_bytes_per_token(precision.kv) for role, precision in self.precisions.items()
+        )
+        free = free_memory_bytes(self.device) - taken
         fits = int(free * self.config.kv_memory_fraction) // page_bytes
         wanted = self.max_groups * worst_case_pages(
             1, limits.max_seq_len, limits.max_particles, limits.max_draft_tokens, self.page_size

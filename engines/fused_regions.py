@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from smc_build.dtypes import dtype_bytes
 from smc_build.model_config import ModelConfig
+from smc_build.precision import Precision
 from smc_engines.regions import bind_weights
 from smc_engines.tactics import ModelTactics
 from smc_plugin.backend import triton_kernels
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 PRODUCTS = ("o", "gate_up", "down", "qkv", "head")
 
 
-def product_of(config: ModelConfig, name: str, rows: int, element_bytes: int) -> Product:
+def product_of(config: ModelConfig, name: str, rows: int, element_bytes: int, input_bytes: int) -> Product:
     """The sizes of one of the products at a number of rows."""
     hidden, ffn = config.hidden_size, config.ffn_size
     columns, inner = {
@@ -34,7 +36,7 @@ def product_of(config: ModelConfig, name: str, rows: int, element_bytes: int) ->
         "qkv": (config.qkv_size, hidden),
         "head": (config.vocab_size, hidden),
     }[name]
-    return Product(rows, columns, inner, name == "gate_up", element_bytes)
+    return Product(rows, columns, inner, name == "gate_up", element_bytes, input_bytes)
 
 
 class FusedRegions:
@@ -42,7 +44,7 @@ class FusedRegions:
 
     Args:
         config: the decoder's shapes.
-        weights: canonical names to tensors, contiguous, all on one device and of one dtype.
+        weights: canonical names to tensors, contiguous, all on one device; matrices may be FP8, [columns, inner].
         tactics: how to cut products; what they do not name takes the default.
     Raises:
         ConfigError: the triton package is missing.
@@ -56,10 +58,15 @@ class FusedRegions:
         self._eps = config.rms_eps
         self._config = config
         self._gpu = launch.gpu_of(weights["embed"].device)
-        self._element_bytes = weights["embed"].element_size()
+        self._precision = Precision.of(weights)
         self._bound = bind_weights(config, weights)
         self._tactics = tactics or ModelTactics()
         self._chosen: dict[tuple[str, int], Tactic] = {}
+
+    def product(self, name: str, rows: int) -> Product:
+        """The sizes of a product at this number of rows."""
+        weights = self._precision.head if name == "head" else self._precision.matrices
+        return product_of(self._config, name, rows, dtype_bytes(weights), dtype_bytes(self._precision.activations))
 
     def choose(self, product: str, rows: int, tactic: Tactic) -> None:
         """Cut a product so from now on, at this number of rows."""
@@ -68,7 +75,7 @@ class FusedRegions:
     def tactic(self, product: str, rows: int) -> Tactic:
         """How a product is cut at this number of rows."""
         if (product, rows) not in self._chosen:
-            sizes = product_of(self._config, product, rows, self._element_bytes)
+            sizes = self.product(product, rows)
             default, found = self._matmul.default_tactic(sizes, self._gpu), self._tactics.product(product, rows)
             # A tile made for many more rows would mostly multiply padding.
             fits = found is not None and found.rows == default.rows
@@ -84,22 +91,26 @@ class FusedRegions:
         if region == "head":
             hidden = activations["hidden"]
             tactic = self.tactic("head", hidden.shape[0])
-            logits = matmul.linear(hidden, bound["lm_head"], transpose_w=True, dtype=torch.float32, tactic=tactic)
+            logits = matmul.linear(
+                hidden, bound["lm_head"], None, None, True, torch.float32, tactic, bound.get("lm_head_scale")
+            )
             return {"logits": logits}
         attn, residual = activations["attn"], activations["residual"]
         rows = attn.shape[0]
+        fp8 = self._precision.is_fp8("qkv")  # matrices are then [columns, inner]
         residual, normed = matmul.linear_and_norm(
-            attn, bound["o"], residual, (bound["mlp_norm"], eps), self.tactic("o", rows)
+            *(attn, bound["o"], residual, (bound["mlp_norm"], eps), self.tactic("o", rows), fp8, bound.get("o_scale"))
         )
-        inner = matmul.gated(normed, bound["gate_up"], self.tactic("gate_up", rows))
-        tactic = self.tactic("down", rows)
+        inner = matmul.gated(normed, bound["gate_up"], self.tactic("gate_up", rows), fp8, bound.get("gate_up_scale"))
+        tactic, scale = self.tactic("down", rows), bound.get("down_scale")
         if region == "exit":
-            residual = matmul.linear(inner, bound["down"], residual=residual, tactic=tactic)
+            residual = matmul.linear(inner, bound["down"], None, residual, fp8, None, tactic, scale)
             return {"hidden": matmul.rms_norm(residual, bound["final_norm"], eps)}
         norm = bound["next_attn_norm"], eps
-        residual, normed = matmul.linear_and_norm(inner, bound["down"], residual, norm, tactic)
+        residual, normed = matmul.linear_and_norm(inner, bound["down"], residual, norm, tactic, fp8, scale)
         return {"qkv": self._qkv(normed, rows, bound, "next_"), "residual": residual}
 
     def _qkv(self, x: Tensor | Prenormed, rows: int, bound: Mapping[str, Tensor], prefix: str) -> Tensor:
-        bias = bound.get(f"{prefix}qkv_bias")
-        return self._matmul.linear(x, bound[f"{prefix}qkv"], bias, tactic=self.tactic("qkv", rows))
+        bias, scale = bound.get(f"{prefix}qkv_bias"), bound.get(f"{prefix}qkv_scale")
+        tactic = self.tactic("qkv", rows)
+        return self._matmul.linear(x, bound[f"{prefix}qkv"], bias, None, scale is not None, None, tactic, scale)

@@ -22,10 +22,11 @@ class PagedModel:
 
     Args:
         config: the decoder's shapes.
-        weights: canonical names (smc_build.weights) to tensors, all on one device and of one dtype.
+        weights: canonical names (smc_build.weights) to tensors, all on one device; matrices may be FP8.
         num_pages, page_size: of the KV cache, which takes num_pages * page_size * config.kv_bytes_per_token bytes.
         regions: who computes what lies between attention calls; None takes torch.
         kernels: who computes attention and copies pages; None takes those of the weights' device.
+        kv_dtype: of the KV pages; None takes the embedding's.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class PagedModel:
         page_size: int,
         regions: RegionRunner | None = None,
         kernels: Kernels | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.config = config
         self.page_size = page_size
@@ -47,7 +49,7 @@ class PagedModel:
         # Attention never reads a position that nothing wrote, so the pages need no first value (and no memory yet).
         self.cache = torch.empty(
             (config.num_layers, 2, num_pages, page_size, config.num_kv_heads, config.head_dim),
-            dtype=self._embedding.dtype,
+            dtype=kv_dtype or self._embedding.dtype,
             device=self._embedding.device,
         )
 

@@ -23,7 +23,8 @@ from smc_build.dtypes import torch_dtype
 from smc_build.engine_dir import Manifest, Role
 from smc_build.model_config import ModelConfig
 from smc_build.network import RegionSpec, TensorSpec, region_specs
-from smc_build.plans import output_name, static_shape
+from smc_build.plans import DATA_TYPES, output_name, static_shape
+from smc_build.precision import Precision
 from smc_build.tensorrt_api import TensorrtApi, find
 from smc_engines.regions import RegionRunner, TorchRegions, bind_weights
 from smc_plugin.errors import EngineDirError, SmcError
@@ -93,7 +94,7 @@ class PlanRegions:
     ) -> None:
         self._api = api
         self._dtype = weights["embed"].dtype
-        self._specs: dict[str, RegionSpec] = dict(region_specs(config, self._dtype))
+        self._specs: dict[str, RegionSpec] = dict(region_specs(config, Precision.of(weights)))
         self._bound = {
             place: {name: _address(name, tensor) for name, tensor in bound.items()}
             for place, bound in bind_weights(config, weights).items()
@@ -253,7 +254,7 @@ def _check_io(spec: RegionSpec, rows: int, engine: trt.ICudaEngine) -> None:
 
 
 def _signature(tensor: TensorSpec, rows: int) -> tuple[tuple[int, ...], str]:
-    return static_shape(tensor, rows), {"float32": "FLOAT", "bfloat16": "BF16"}[tensor.dtype]
+    return static_shape(tensor, rows), DATA_TYPES[tensor.dtype]
 
 
 def _sizes(dims: trt.Dims) -> tuple[int, ...]:

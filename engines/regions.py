@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from smc_build.model_config import ModelConfig
 from smc_build.network import layer_inputs, region_specs
+from smc_build.precision import Precision
 from smc_build.torch_ops import TorchOps
 
 Name = TypeVar("Name", bound=str)
@@ -44,10 +46,13 @@ def bind_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[tup
     Returns:
         (region, layer) to input name to tensor; layer is None but for "block".
     """
+    precision = Precision.of(weights)
     places: list[tuple[str, int | None]] = [("block", layer) for layer in range(config.num_layers - 1)]
     places += [("entry", None), ("exit", None), ("head", None)]
     return {
-        (region, layer): {name: weights[weight] for name, weight in layer_inputs(config, region, layer).items()}
+        (region, layer): {
+            name: weights[weight] for name, weight in layer_inputs(config, region, layer, precision).items()
+        }
         for region, layer in places
     }
 
@@ -57,17 +62,25 @@ class TorchRegions:
 
     Args:
         config: the decoder's shapes.
-        weights: canonical names to tensors, all on one device and of one dtype.
+        weights: canonical names to tensors, all on one device; matrices may be FP8.
+        ops: another torch op set.
     """
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
-        self._specs = region_specs(config, weights["embed"].dtype)
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], ops: TorchOps | None = None) -> None:
+        self._specs = region_specs(config, Precision.of(weights))
         self._bound = bind_weights(config, weights)
-        self._ops = TorchOps()
+        if weights["embed"].device.type == "cpu":
+            self._bound = {place: _widened(bound, weights["embed"].dtype) for place, bound in self._bound.items()}
+        self._ops = ops or TorchOps()
 
     def run(self, region: str, layer: int | None, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute one region (see RegionRunner)."""
         return self._specs[region].build(self._ops, {**self._bound[region, layer], **activations})
+
+
+def _widened(bound: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """FP8 matrices in the activations' type, which holds every FP8 value: a CPU is slow at converting in each product."""
+    return {name: tensor.to(dtype) if tensor.dtype == torch.float8_e4m3fn else tensor for name, tensor in bound.items()}
 
 
 class SelectedRegions(Generic[Name]):

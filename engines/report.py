@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from smc_build.precision import describe_types
 from smc_engines.engine import Engine
 from smc_engines.outputs import RequestInfo, RequestOutput
 from smc_engines.sampling_params import SamplingParams
@@ -28,7 +29,7 @@ def engine_lines(engine: Engine) -> list[str]:
         models += f", draft {manifest.draft.source} ({manifest.draft.config.num_parameters:,})"
     threads = f", {torch.get_num_threads()} threads" if engine.device.type == "cpu" else ""
     return [
-        f"engine   {manifest.name}: {manifest.dtype}, tp {manifest.tp}, N <= {limits.max_particles}, "
+        f"engine   {manifest.name}: {describe_types(engine.precisions)}, tp {manifest.tp}, N <= {limits.max_particles}, "
         f"K <= {limits.max_draft_tokens}, {limits.max_seq_len} tokens",
         f"models   {models}",
         f"device   {engine.device.type}{threads}; {engine.num_pages:,} KV pages of {engine.page_size} tokens, "

@@ -26,8 +26,9 @@ from smc_build.model_config import ModelConfig
 from smc_build.network import ROWS, layer_inputs, region_specs
 from smc_build.plan import round_rows
 from smc_build.plans import used_regions
+from smc_build.precision import Precision
 from smc_engines.engine import Engine
-from smc_engines.fused_regions import PRODUCTS, FusedRegions, product_of
+from smc_engines.fused_regions import PRODUCTS, FusedRegions
 from smc_engines.model import PagedModel
 from smc_engines.region_choice import MAX_FUSED_ROWS, choose_regions, make_runners
 from smc_engines.regions import RegionRunner
@@ -114,7 +115,8 @@ class Tuner:
         self._runners = runners
         self._score_queries = score_queries
         self._say = say
-        self._specs = region_specs(model.config, model.weights["embed"].dtype)
+        self._precision = Precision.of(model.weights)
+        self._specs = region_specs(model.config, self._precision)
         fused = runners["fused"]
         assert isinstance(fused, FusedRegions)
         self._fused = fused
@@ -190,7 +192,7 @@ class Tuner:
         last = self._config.num_layers - 1
         layers: Iterable[int | None] = range(last) if region == "block" else [None]
         calls = tuple((region, layer) for layer in layers)
-        bound = layer_inputs(self._config, region, 0 if region == "block" else None)
+        bound = layer_inputs(self._config, region, 0 if region == "block" else None, self._precision)
         num_bytes = len(calls) * sum(self._weights[name].nbytes for name in bound.values())
         return Chain(calls if len(calls) >= 4 else calls * 4, num_bytes < _CACHED_BYTES)
 
@@ -207,7 +209,7 @@ class Tuner:
         return us - self._flush_us if chain.flush else us
 
     def _activations(self, region: str, rows: int) -> dict[str, Tensor]:
-        bound = layer_inputs(self._config, region, 0 if region == "block" else None)
+        bound = layer_inputs(self._config, region, 0 if region == "block" else None, self._precision)
         embed = self._weights["embed"]
         generator = torch.Generator(embed.device).manual_seed(rows)
         return {
@@ -225,7 +227,7 @@ class Tuner:
 
     def _candidates(self, name: str, rows: int) -> list[Tactic]:
         embed = self._weights["embed"]
-        return candidate_tactics(product_of(self._config, name, rows, embed.element_size()), gpu_of(embed.device))
+        return candidate_tactics(self._fused.product(name, rows), gpu_of(embed.device))
 
     def _precompile(self, rows: Sequence[int]) -> None:
         """Compile what is going to be timed on all cores: one after the other it would take minutes."""

@@ -7,13 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Product:
-    """What a tactic is chosen for: [rows, inner] times [inner, columns], or twice as many columns when gated."""
+    """What a tactic is chosen for: [rows, inner] times [inner, columns], or twice as many columns when gated.
+
+    element_bytes is that of the weights, input_bytes that of what they are multiplied with.
+    """
 
     rows: int
     columns: int
     inner: int
     gated: bool = False
     element_bytes: int = 2
+    input_bytes: int = 2
 
 
 @dataclass(frozen=True)

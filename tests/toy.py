@@ -215,11 +215,9 @@ def write_letters_tokenizer(folder: Path) -> None:
 
 def build(folder: Path, target: Path, draft: Path | None, **options) -> Path:
     """Build an engine directory with small pages."""
-    defaults = {"particles": 16, "draft_tokens": 5, "groups": 64, "max_seq_len": 16, "page_size": 4}
+    defaults = {"dtype": "float32", "particles": 16, "draft_tokens": 5, "groups": 64, "max_seq_len": 16, "page_size": 4}
     draft_name = "none" if draft is None else str(draft)
-    return build_engine(
-        BuildOptions(str(target), draft=draft_name, dtype="float32", output=folder, **{**defaults, **options})
-    )
+    return build_engine(BuildOptions(str(target), draft=draft_name, output=folder, **{**defaults, **options}))
 
 
 def make_toy(

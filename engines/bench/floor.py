@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from smc_build.dtypes import dtype_bytes
-from smc_build.model_config import ModelConfig
+from smc_build.engine_dir import Role
+from smc_build.weights import weight_bytes
 from smc_engines.bench.points import Case
 from smc_engines.engine import Engine
 
@@ -34,18 +35,18 @@ def floor_bytes(engine: Engine, case: Case, context_tokens: float) -> float:
     Args:
         context_tokens: mean length of a context.
     """
-    total = pass_bytes(engine, engine.target.config, case, context_tokens)
+    total = pass_bytes(engine, "target", case, context_tokens)
     if engine.draft is not None:
-        total += case.num_draft_tokens * pass_bytes(engine, engine.draft.config, case, context_tokens)
+        total += case.num_draft_tokens * pass_bytes(engine, "draft", case, context_tokens)
     return total
 
 
-def pass_bytes(engine: Engine, config: ModelConfig, case: Case, context_tokens: float) -> float:
+def pass_bytes(engine: Engine, role: Role, case: Case, context_tokens: float) -> float:
     """Bytes that one pass of one model cannot avoid reading."""
-    dtype = engine.manifest.dtype
-    look_up = 0 if config.tied_head else config.vocab_size * config.hidden_size * dtype_bytes(dtype)
-    kv = kv_tokens(case, context_tokens, engine.page_size) * config.kv_bytes_per_token(dtype)
-    return config.weight_bytes(dtype) - look_up + kv
+    config, precision = engine.models[role].config, engine.precisions[role]
+    table_bytes = config.vocab_size * config.hidden_size * dtype_bytes(precision.activations)
+    kv = kv_tokens(case, context_tokens, engine.page_size) * config.kv_bytes_per_token(precision.kv)
+    return weight_bytes(config, precision) - (0 if config.tied_head else table_bytes) + kv
 
 
 def kv_tokens(case: Case, context_tokens: float, page_size: int) -> float:

@@ -13,11 +13,13 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from smc_build.dtypes import dtype_bytes
+from smc_build.engine_dir import Role
 from smc_build.model_config import ModelConfig
+from smc_build.precision import Precision
 from smc_engines.bench.trace import Event
 
 # First match wins. cuBLAS's names on Hopper begin with nvjet or sm90_xmma, TensorRT's with __myl or contain gemm.
@@ -51,12 +53,12 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a round of one kind runs: models, draft passes, and the dtype of weights and keys."""
+    """What a round of one kind runs: models, draft passes, and each model's element types."""
 
     target: ModelConfig
     draft: ModelConfig | None
     draft_passes: int
-    dtype: str
+    precisions: Mapping[Role, Precision]
 
     @property
     def attention_calls(self) -> int:
@@ -77,7 +79,8 @@ class Shapes:
             "head": (config.hidden_size, config.vocab_size),
         }
         inner, columns = shapes[place]
-        return inner * columns * dtype_bytes(self.dtype)
+        precision = self.precisions["draft" if model == "draft" else "target"]
+        return inner * columns * dtype_bytes(precision.head if place == "head" else precision.matrices)
 
     def group_bytes(self, group: str) -> int | None:
         """Bytes of weights that a group of products reads in one round; None for other groups."""

@@ -138,7 +138,7 @@ def shapes_of(engine: Engine, case: Case) -> Shapes:
     """What a round of this case runs."""
     draft = engine.draft.config if engine.draft is not None and case.num_draft_tokens else None
     passes = case.num_draft_tokens + (engine.config.draft_schedule == "legacy") if draft is not None else 0
-    return Shapes(engine.target.config, draft, passes, engine.manifest.dtype)
+    return Shapes(engine.target.config, draft, passes, engine.precisions)
 
 
 def _rows(rounds: Sequence[Sequence[Event]], shapes: Shapes) -> tuple[list[_Row], float]:
@@ -205,9 +205,11 @@ def _group_table(
 def _kv_bytes(engine: Engine, case: Case, context_tokens: float) -> dict[str, float]:
     """Bytes of keys and values that attention cannot avoid reading in a round, as the floor counts them."""
     shapes, tokens = shapes_of(engine, case), kv_tokens(case, context_tokens, engine.page_size)
-    found = {"target attention": tokens * shapes.target.kv_bytes_per_token(shapes.dtype)}
+    found = {"target attention": tokens * shapes.target.kv_bytes_per_token(shapes.precisions["target"].kv)}
     if shapes.draft is not None:
-        found["draft attention"] = tokens * shapes.draft_passes * shapes.draft.kv_bytes_per_token(shapes.dtype)
+        found["draft attention"] = (
+            tokens * shapes.draft_passes * shapes.draft.kv_bytes_per_token(shapes.precisions["draft"].kv)
+        )
     return found
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from smc_build.model_config import ModelConfig
+from smc_build.precision import describe_types
 from smc_engines.bench.floor import device_name, floor_bytes
 from smc_engines.bench.measure import Sample
 from smc_engines.bench.points import Case
@@ -38,7 +39,7 @@ def describe(engine: Engine, case: Case, copy_tb_per_s: float) -> dict[str, Any]
         "num_gpus": 1 if engine.device.type == "cuda" else 0,
         "preset": manifest.name,
         "draft": manifest.draft.source if manifest.draft is not None else None,
-        "dtype": manifest.dtype,
+        "dtype": describe_types(engine.precisions),
         "tp": manifest.tp,
         "mode": case.mode,
         "num_particles": case.num_particles,

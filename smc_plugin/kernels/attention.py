@@ -162,6 +162,17 @@ def _normed_and_rotated(base, valid, cos, sin, weight, eps, NORM: tl.constexpr, 
 
 
 @triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    """x as a page of that type holds it; FP8 stops at its largest value."""
+    if dtype == tl.float8e4nv:
+        return tl.minimum(tl.maximum(x.to(tl.float32), -448.0, tl.PropagateNan.ALL), 448.0, tl.PropagateNan.ALL).to(
+            dtype
+        )
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
 def _rope_kernel(
     qkv,
     row_stride,
@@ -200,14 +211,14 @@ def _rope_kernel(
     if tl.program_id(1) * HEADS + HEADS > num_heads:
         first, second = _normed_and_rotated(base, is_key, turn_cos, turn_sin, k_norm, eps, NORM, HALF)
         place = cache + (slot * kv_heads + head - num_heads)[:, None] * (2 * HALF) + pair[None, :]
-        tl.store(place, first, mask=is_key[:, None])
-        tl.store(place + HALF, second, mask=is_key[:, None])
+        tl.store(place, _rounded(first, cache.dtype.element_ty), mask=is_key[:, None])
+        tl.store(place + HALF, _rounded(second, cache.dtype.element_ty), mask=is_key[:, None])
         at = base[:, None] + pair[None, :]
         first = tl.load(at, mask=is_value[:, None], other=0.0)
         second = tl.load(at + HALF, mask=is_value[:, None], other=0.0)
         place += half_cache - kv_heads * (2 * HALF)
-        tl.store(place, first, mask=is_value[:, None])
-        tl.store(place + HALF, second, mask=is_value[:, None])
+        tl.store(place, _rounded(first, cache.dtype.element_ty), mask=is_value[:, None])
+        tl.store(place + HALF, _rounded(second, cache.dtype.element_ty), mask=is_value[:, None])
 
 
 def rope_and_write(
@@ -538,8 +549,9 @@ def _attention_kernel(  # noqa: PLR0912, PLR0915 - one idea: a program's queries
                 slot = tl.load(slots + new_lines, mask=is_new, other=0)
                 new_place = cache + ((slot * kv_heads + kv_head) * HEAD_DIM)[:, None]
                 pair = tl.arange(0, HALF)[None, :]
-                new_first, new_second = new_first.to(cache.dtype.element_ty), new_second.to(cache.dtype.element_ty)
-                new_value = new_value.to(cache.dtype.element_ty)
+                new_first = _rounded(new_first, cache.dtype.element_ty)
+                new_second = _rounded(new_second, cache.dtype.element_ty)
+                new_value = _rounded(new_value, cache.dtype.element_ty)
                 tl.store(new_place + pair, new_first, mask=is_new[:, None])
                 tl.store(new_place + HALF + pair, new_second, mask=is_new[:, None])
                 tl.store(new_place + half_cache + column[None, :], new_value, mask=is_new[:, None])
@@ -563,8 +575,8 @@ def _attention_kernel(  # noqa: PLR0912, PLR0915 - one idea: a program's queries
             value_at = query + new_line * row_stride + (num_heads + kv_heads + kv_head) * HEAD_DIM
             new_values = tl.load(value_at[:, None] + column[None, :], mask=is_new[:, None], other=0.0)
             slot = tl.load(slots + new_line, mask=is_new, other=0)
-            new_keys = _joined(new_first, new_second, NEW, HEAD_DIM).to(cache.dtype.element_ty)
-            new_values = new_values.to(cache.dtype.element_ty)
+            new_keys = _rounded(_joined(new_first, new_second, NEW, HEAD_DIM), cache.dtype.element_ty)
+            new_values = _rounded(new_values, cache.dtype.element_ty)
             new_place = cache + ((slot * kv_heads + kv_head) * HEAD_DIM)[:, None] + column[None, :]
             tl.store(new_place, new_keys, mask=is_new[:, None])
             tl.store(new_place + half_cache, new_values, mask=is_new[:, None])

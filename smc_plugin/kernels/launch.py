@@ -28,7 +28,7 @@ from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from smc_plugin.errors import ConfigError
-from smc_plugin.kernels.interpreter import allow_scalar_loop_bounds
+from smc_plugin.kernels.interpreter import correct_interpreter
 
 NUM_COUNTERS = 1 << 16
 
@@ -119,7 +119,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         _Settings.record.append(Recorded(kernel, {**named, "PDL": True}, {**options, "launch_pdl": True}))
         return
     if interpreted():
-        allow_scalar_loop_bounds()
+        correct_interpreter()
         kernel[grid](*args, **meta, PDL=False)
         return
     if device.type != "cuda":

@@ -11,6 +11,9 @@ y also writes y times the norm's weight and the sums of y² over its columns (`P
 consumes it multiplies its accumulator by 1/rms at the end. Narrow matrices are split over the inner dimension too; the
 last program to finish a tile sums the parts in order, so results do not depend on timing.
 
+FP8 weights are read as such, widened to x's type in registers (which holds them exactly), and their scales, one a
+column, multiply the accumulator at the end.
+
 Under programmatic dependent launch a program asks the L2 cache for its first weights before it waits for the kernel that
 makes x, so that the memory is busy while one product ends and the next begins (1 to 6 % of a pass on an H100).
 
@@ -86,19 +89,19 @@ def _prefetch(pointers):
 @triton.jit
 def _prefetch_weights(
     weight, inner_stride, column_stride, start, column, inner, columns,
-    INNER_MAJOR: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
+    INNER_MAJOR: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
-    """Ask for the first AHEAD inner rows of a program's weights, a line of 128 bytes (64 elements) a pointer."""
+    """Ask for the first AHEAD inner rows of a program's weights, a line of 128 bytes (LINE elements) a pointer."""
     if INNER_MAJOR:
-        LINES: tl.constexpr = (AHEAD + 63) // 64
+        LINES: tl.constexpr = (AHEAD + LINE - 1) // LINE
         line = tl.arange(0, COLUMNS * LINES)
         at = tl.minimum(column + line % COLUMNS, columns - 1).to(tl.int64) * column_stride
-        _prefetch(weight + at + tl.minimum(start + line // COLUMNS * 64, inner - 1))
+        _prefetch(weight + at + tl.minimum(start + line // COLUMNS * LINE, inner - 1))
     else:
-        LINES: tl.constexpr = (COLUMNS + 63) // 64
+        LINES: tl.constexpr = (COLUMNS + LINE - 1) // LINE
         line = tl.arange(0, AHEAD * LINES)
         at = tl.minimum(start + line // LINES, inner - 1).to(tl.int64) * inner_stride
-        _prefetch(weight + at + tl.minimum(column + line % LINES * 64, columns - 1))
+        _prefetch(weight + at + tl.minimum(column + line % LINES * LINE, columns - 1))
 
 
 @triton.jit
@@ -108,6 +111,40 @@ def _load_weights(pointers, is_inner, is_column, EVEN_INNER: tl.constexpr, EVEN_
         return tl.load(pointers, eviction_policy="evict_first")
     inside = is_inner[:, None] & is_column[None, :]
     return tl.load(pointers, mask=inside, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _widened(w, dtype: tl.constexpr, HOPPER: tl.constexpr):
+    """Weights in the inputs' type. FP8's exponent and mantissa, put where bfloat16 has them, are 2**-120 of the value.
+
+    Triton's conversion ends in one from float16 to bfloat16 for each weight, of a low rate; these are ordinary instructions.
+    """
+    if HOPPER and w.dtype == tl.float8e4nv and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 low, high, sign, shifted, gain;
+            mov.b32 gain, 0x7b807b80;
+            prmt.b32 low, $2, 0, 0x1404;
+            prmt.b32 high, $2, 0, 0x3424;
+            and.b32 sign, low, 0x80008000;
+            shr.u32 shifted, low, 4;
+            lop3.b32 low, shifted, 0x07f007f0, sign, 0xea;
+            and.b32 sign, high, 0x80008000;
+            shr.u32 shifted, high, 4;
+            lop3.b32 high, shifted, 0x07f007f0, sign, 0xea;
+            mul.rn.bf16x2 $0, low, gain;
+            mul.rn.bf16x2 $1, high, gain;
+            }
+            """,
+            "=r,=r,r",
+            [w],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return w.to(dtype)
 
 
 @triton.jit
@@ -126,6 +163,7 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
     weight,
     inner_stride,
     column_stride,
+    weight_scale,
     bias,
     squares,
     num_parts,
@@ -142,6 +180,7 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
     inner,
     inner_per_split,
     num_splits,
+    SCALED: tl.constexpr,
     PRENORMED: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
@@ -155,6 +194,7 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     PARTS: tl.constexpr,
+    LINE: tl.constexpr,
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -164,12 +204,12 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
     if PDL and PREFETCH > 0:
         _prefetch_weights(
             weight, inner_stride, column_stride, start, column_tile * COLUMNS, inner, columns,
-            INNER_MAJOR, COLUMNS, PREFETCH,
+            INNER_MAJOR, COLUMNS, PREFETCH, LINE,
         )  # fmt: skip
         if GATED:
             _prefetch_weights(
                 weight + columns * column_stride, inner_stride, column_stride, start, column_tile * COLUMNS, inner,
-                columns, INNER_MAJOR, COLUMNS, PREFETCH,
+                columns, INNER_MAJOR, COLUMNS, PREFETCH, LINE,
             )  # fmt: skip
     row = row_tile * ROWS + tl.arange(0, ROWS)
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -186,6 +226,8 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
     # Asked for here and used after the loop, so that the end of a program waits for as little as possible.
     parts = _load_squares(squares, 0, num_parts, row, is_row, num_rows, PARTS) if PRENORMED else 0.0
     added = tl.load(residual + place, mask=inside, other=0.0) if RESIDUAL else 0.0
+    column_scale = tl.load(weight_scale + column, mask=is_column, other=0.0) if SCALED else 0.0
+    up_scale = tl.load(weight_scale + columns + column, mask=is_column, other=0.0) if SCALED and GATED else 0.0
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     up_acc = acc
     for at in range(start, stop, INNER):
@@ -196,10 +238,10 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
         else:
             tile = tl.load(x_at, mask=is_row[:, None] & is_inner[None, :], other=0.0)
         w = _load_weights(w_at, is_inner, is_column, EVEN_INNER, EVEN_COLUMNS)
-        acc = tl.dot(tile, w, acc, input_precision="ieee")
+        acc = tl.dot(tile, _widened(w, tile.dtype, PDL), acc, input_precision="ieee")
         if GATED:
             up = _load_weights(w_at + up_offset, is_inner, is_column, EVEN_INNER, EVEN_COLUMNS)
-            up_acc = tl.dot(tile, up, up_acc, input_precision="ieee")
+            up_acc = tl.dot(tile, _widened(up, tile.dtype, PDL), up_acc, input_precision="ieee")
         x_at += INNER
         w_at += w_step
 
@@ -224,6 +266,9 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
                 if GATED:
                     up_acc += tl.load(part + ROWS * COLUMNS, mask=is_row[:, None], other=0.0, cache_modifier=".cg")
     if writes:
+        if SCALED:
+            acc = acc * column_scale[None, :]
+            up_acc = up_acc * up_scale[None, :] if GATED else up_acc
         if PRENORMED:
             for later in range(PARTS, num_parts, PARTS):
                 parts += _load_squares(squares, later, num_parts, row, is_row, num_rows, PARTS)
@@ -292,8 +337,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _tile_bytes(product: Product, rows: int, columns: int, inner: int, stages: int) -> int:
     """Shared memory of a program's tiles; up to 32 rows of 16 bits the tile in use has left it for registers."""
-    buffers = stages - 1 if rows <= 32 and product.element_bytes == 2 else stages
-    return product.element_bytes * buffers * inner * (columns * (2 if product.gated else 1) + rows)
+    buffers = stages - 1 if rows <= 32 and product.input_bytes == 2 else stages
+    matrices = 2 if product.gated else 1
+    row_bytes = columns * matrices * product.element_bytes + rows * product.input_bytes
+    # Many rows multiply from shared memory, where narrower weights need a place for their widened tile too.
+    widened = (
+        columns * matrices * product.input_bytes if rows > 32 and product.element_bytes < product.input_bytes else 0
+    )
+    return inner * (buffers * row_bytes + widened)
 
 
 # Tiles (columns, inner, stages) worth timing, the generally good ones first: for few rows and for many.
@@ -304,6 +355,15 @@ _SMALL_TILES = (
 _TALL_TILES = (
     *((64, 64, 6), (64, 128, 4), (128, 64, 3), (64, 128, 3)),
     *((32, 128, 4), (64, 64, 4), (32, 64, 5), (128, 128, 3)),
+)
+# With weights of one byte: as many bytes in flight, and wider tiles where the rows of x are the heavier part of them.
+_SMALL_FP8_TILES = (
+    *((64, 256, 4), (64, 128, 6), (64, 256, 6), (128, 128, 6), (32, 256, 6)),
+    *((128, 128, 4), (32, 256, 4), (64, 256, 3), (64, 128, 4)),
+)
+_TALL_FP8_TILES = (
+    *((128, 64, 4), (64, 128, 4), (64, 64, 6), (128, 64, 6)),
+    *((128, 128, 3), (64, 128, 3), (32, 128, 4), (64, 64, 4)),
 )
 _LEAST_TILE = (32, 32, 2)  # fits everywhere
 
@@ -323,9 +383,7 @@ def candidate_tactics(product: Product, gpu: Gpu) -> list[Tactic]:
     tile_rows = min(128, max(16, next_power_of_2(rows)))
     room = gpu.shared_bytes * 7 // 8  # the compiler needs some for itself
     tiles = [
-        tile
-        for tile in (_SMALL_TILES if tile_rows <= 32 else _TALL_TILES)
-        if _tile_bytes(product, tile_rows, *tile) <= room
+        tile for tile in _tiles(tile_rows, product.element_bytes) if _tile_bytes(product, tile_rows, *tile) <= room
     ]
     found = []
     for tile_columns, deep, stages in tiles or [_LEAST_TILE]:
@@ -340,6 +398,12 @@ def candidate_tactics(product: Product, gpu: Gpu) -> list[Tactic]:
             prefetch = _prefetch_rows(product, tile_columns, inner // parts)
             found.append(Tactic(tile_rows, tile_columns, tile_inner, parts, _warps(tile_rows), stages, prefetch))
     return list(dict.fromkeys(found))
+
+
+def _tiles(tile_rows: int, element_bytes: int) -> tuple[tuple[int, int, int], ...]:
+    if element_bytes == 1:
+        return _SMALL_FP8_TILES if tile_rows <= 32 else _TALL_FP8_TILES
+    return _SMALL_TILES if tile_rows <= 32 else _TALL_TILES
 
 
 def _warps(tile_rows: int) -> int:
@@ -368,13 +432,17 @@ def _linear(
     gated: bool,
     dtype: torch.dtype | None,
     tactic: Tactic | None,
+    scale: Tensor | None,
 ) -> tuple[Tensor, Prenormed | None]:
     prenormed, x = (x, x.values) if isinstance(x, Prenormed) else (None, x)
     rows, inner = x.shape
     width = weight.shape[0] if transpose_w else weight.shape[1]
     columns = width // 2 if gated else width
     device = x.device
-    tactic = tactic or default_tactic(Product(rows, columns, inner, gated, x.element_size()), gpu_of(device))
+    element_bytes = weight.element_size()
+    tactic = tactic or default_tactic(
+        Product(rows, columns, inner, gated, element_bytes, x.element_size()), gpu_of(device)
+    )
     out = torch.empty((rows, columns), dtype=dtype or x.dtype, device=device)
     inner_per_split = _inner_per_split(inner, tactic)
     splits = cdiv(inner, inner_per_split)
@@ -393,10 +461,12 @@ def _linear(
         _linear_kernel,
         grid,
         *(x, x.stride(0), weight, weight.stride(1 if transpose_w else 0), weight.stride(0 if transpose_w else 1)),
+        x if scale is None else scale,
         *(x if bias is None else bias, x if prenormed is None else prenormed.squares, num_parts),
         *(0.0 if prenormed is None else prenormed.eps, x if residual is None else residual, out),
         *((out, out, out) if normed is None or norm is None else (norm[0], normed.values, normed.squares)),
         *(acc_parts, arrivals, rows, columns, inner, inner_per_split, splits),
+        SCALED=scale is not None,
         PRENORMED=prenormed is not None,
         BIAS=bias is not None,
         GATED=gated,
@@ -411,6 +481,7 @@ def _linear(
         INNER=tactic.inner,
         # A tile that fits the registers; more parts take further turns.
         PARTS=min(max(16, 8192 // tactic.rows), next_power_of_2(max(num_parts, 1))),
+        LINE=128 // element_bytes,
         PREFETCH=tactic.prefetch,
         num_warps=tactic.num_warps,
         num_stages=tactic.num_stages,
@@ -426,20 +497,22 @@ def linear(
     transpose_w: bool = False,
     dtype: torch.dtype | None = None,
     tactic: Tactic | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """x @ weight + bias + residual, each part but the product optional.
+    """x @ weight * scale + bias + residual, each part but the product optional.
 
     Args:
         x: [rows, inner], columns contiguous; a `Prenormed` one is normalised first.
-        weight: [inner, columns], or [columns, inner] with transpose_w; contiguous, x's dtype.
+        weight: [inner, columns], or [columns, inner] with transpose_w; contiguous, x's dtype or float8_e4m3fn.
         bias: [columns].
         residual: [rows, columns], contiguous.
         dtype: of the result, x's by default.
         tactic: how to cut the work; None takes default_tactic.
+        scale: [columns] float32, of FP8 weights.
     Returns:
         [rows, columns]; sums are made in float32 and rounded once.
     """
-    return _linear(x, weight, bias, residual, None, transpose_w, False, dtype, tactic)[0]
+    return _linear(x, weight, bias, residual, None, transpose_w, False, dtype, tactic, scale)[0]
 
 
 def linear_and_norm(
@@ -448,28 +521,36 @@ def linear_and_norm(
     residual: Tensor,
     norm: tuple[Tensor, float],
     tactic: Tactic | None = None,
+    transpose_w: bool = False,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Prenormed]:
     """y = x @ weight + residual, and y on its way through an RMS norm.
 
     Args:
-        x, weight, residual, tactic: see `linear`.
+        x, weight, residual, tactic, transpose_w, scale: see `linear`.
         norm: ([columns] weight, eps) of the norm.
     Returns:
         y [rows, columns], and what the product after the norm takes in place of norm(y).
     """
-    out, normed = _linear(x, weight, None, residual, norm, False, False, None, tactic)
+    out, normed = _linear(x, weight, None, residual, norm, transpose_w, False, None, tactic, scale)
     assert normed is not None
     return out, normed
 
 
-def gated(x: Tensor | Prenormed, weight: Tensor, tactic: Tactic | None = None) -> Tensor:
+def gated(
+    x: Tensor | Prenormed,
+    weight: Tensor,
+    tactic: Tactic | None = None,
+    transpose_w: bool = False,
+    scale: Tensor | None = None,
+) -> Tensor:
     """silu(x @ gate) * (x @ up).
 
     Args:
         x: [rows, inner], columns contiguous; a `Prenormed` one is normalised first.
-        weight: [inner, 2 f], gate first; contiguous, x's dtype.
-        tactic: see `linear`.
+        weight: [inner, 2 f], or [2 f, inner] with transpose_w, gate first; contiguous, x's dtype or float8_e4m3fn.
+        tactic, scale: see `linear`; scale is [2 f].
     Returns:
         [rows, f] in x's dtype.
     """
-    return _linear(x, weight, None, None, None, False, True, None, tactic)[0]
+    return _linear(x, weight, None, None, None, transpose_w, True, None, tactic, scale)[0]

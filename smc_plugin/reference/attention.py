@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+FP8_MAX = 448.0
+
 
 @dataclass(frozen=True)
 class AttentionContext:
@@ -100,7 +102,7 @@ def rope_and_write(
 
     Args:
         qkv: [R, (num_heads + 2 kv_heads) * head_dim].
-        layer_cache: [2, P, page_size, kv_heads, head_dim], changed in place.
+        layer_cache: [2, P, page_size, kv_heads, head_dim], changed in place; the activations' type or FP8.
         q_norm, k_norm: [head_dim] or None.
     Returns:
         [R, num_heads, head_dim] rotated queries.
@@ -110,10 +112,20 @@ def rope_and_write(
     query, key, value = heads.split([num_heads, kv_heads, kv_heads], dim=1)
     query = _rotate(_head_norm(query, q_norm, eps), context.cos, context.sin)
     key = _rotate(_head_norm(key, k_norm, eps), context.cos, context.sin)
-    flat = layer_cache.view(2, -1, kv_heads, head_dim)
-    flat[0].index_copy_(0, context.slots, key.to(flat.dtype))
-    flat[1].index_copy_(0, context.slots, value.to(flat.dtype))
+    flat = _movable(layer_cache).view(2, -1, kv_heads, head_dim)
+    flat[0].index_copy_(0, context.slots, _movable(_rounded(key, layer_cache.dtype)))
+    flat[1].index_copy_(0, context.slots, _movable(_rounded(value, layer_cache.dtype)))
     return query
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as a page holds it; beyond the largest FP8 value, 448, torch would make NaN, a GPU's conversion stops there."""
+    return x.clamp(-FP8_MAX, FP8_MAX).to(dtype) if dtype == torch.float8_e4m3fn else x.to(dtype)
+
+
+def _movable(x: Tensor) -> Tensor:
+    """FP8 as bytes, which every op that only moves elements knows."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 def paged_attention(query: Tensor, layer_cache: Tensor, context: AttentionContext) -> Tensor:
@@ -129,8 +141,8 @@ def paged_attention(query: Tensor, layer_cache: Tensor, context: AttentionContex
     batch = context.pages.shape[0]
     num_heads = query.shape[1]
     # [2, B, C, page, kv, d] -> [2, B, T, kv, d]; zeros where nothing was written, because 0 * NaN is NaN.
-    gathered = layer_cache[:, context.pages].reshape(2, batch, -1, kv_heads, head_dim)
-    gathered = torch.where(context.written, gathered, 0).to(query.dtype)
+    gathered = _movable(layer_cache)[:, context.pages].reshape(2, batch, -1, kv_heads, head_dim)
+    gathered = torch.where(context.written, gathered.view(layer_cache.dtype).to(query.dtype), 0)
     keys, values = gathered.transpose(2, 3).unbind(0)
     queries = query.view(batch, -1, num_heads, head_dim).transpose(1, 2)
     out = functional.scaled_dot_product_attention(queries, keys, values, context.visible, enable_gqa=True)

@@ -112,4 +112,5 @@ def copy_pages(cache: Tensor, source: Tensor, destination: Tensor) -> None:
         cache: [layers, 2, P, page_size, kv_heads, head_dim], changed in place.
         source, destination: int32, equal shapes; no destination but the trash page is a source or appears twice.
     """
-    cache.index_copy_(2, destination.reshape(-1).long(), cache.index_select(2, source.reshape(-1).long()))
+    moved = cache.view(torch.uint8)  # not every element type can be indexed
+    moved.index_copy_(2, destination.reshape(-1).long(), moved.index_select(2, source.reshape(-1).long()))

@@ -19,7 +19,9 @@ def interpret(trt: Any, network: Any, constants: list[Any], inputs: dict[str, to
     Returns:
         output name to tensor.
     """
-    types = {trt.DataType.FLOAT: torch.float32, trt.DataType.BF16: torch.bfloat16}
+    types = {
+        trt.DataType.FLOAT: torch.float32, trt.DataType.BF16: torch.bfloat16, trt.DataType.FP8: torch.float8_e4m3fn
+    }  # fmt: skip
     values, left = dict(inputs), iter(constants)
     for index in range(network.num_layers):
         layer = network.get_layer(index)
@@ -38,6 +40,9 @@ def _compute(trt: Any, layer: Any, taken: list[torch.Tensor], constants: Any) ->
         return torch.from_numpy(next(constants)).double()
     if kind == trt.LayerType.CAST:
         return wide[0]
+    if kind in (trt.LayerType.QUANTIZE, trt.LayerType.DEQUANTIZE):
+        assert wide[1] == 1
+        return wide[0].clamp(-448, 448)
     if kind == trt.LayerType.MATRIX_MULTIPLY:
         layer.__class__ = trt.IMatrixMultiplyLayer
         assert layer.op0 == trt.MatrixOperation.NONE

@@ -134,7 +134,7 @@ def test_more_ranks_are_refused_after_the_plan(folder: Path, capsys: pytest.Capt
         (["--checkpoint", "t", "--draft", "e"], "'e' is neither a folder nor a preset"),
         (["--checkpoint", "t", "--draft", "llama-1b"], "128256 tokens, expected the target's 260"),
         (["--checkpoint", "t", "--draft", "d", "--dtype", "float23"], "did you mean 'float32'"),
-        (["--checkpoint", "t", "--draft", "d", "--dtype", "fp8"], "expected one of float32, bfloat16"),
+        (["--checkpoint", "t", "--draft", "d", "--dtype", "fp7"], "expected one of float32, bfloat16, fp8"),
         (["--checkpoint", "t", "--draft", "d", "--compiler", "tensorrt"], "smc-engine[tensorrt]"),
         (["--checkpoint", "t", "--draft", "d", "--particles", "0"], "--particles is 0, expected 1 to 256"),
         (["--checkpoint", "t", "--draft", "d", "--draft-tokens", "65"], "--draft-tokens is 65"),
@@ -251,6 +251,8 @@ def test_an_error_while_writing_leaves_nothing_and_keeps_the_old_engine(
 
     class Full:
         def plan(self, plan: object) -> None: ...
+        def quantizing(self, label: str) -> None: ...
+
         def compiled(self, label: str, num_plans: int, num_bytes: int, seconds: float) -> None: ...
         def start(self, label: str, total_bytes: int) -> None: ...
         def finish(self) -> None: ...

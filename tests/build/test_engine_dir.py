@@ -83,8 +83,8 @@ def test_a_missing_or_resized_file_is_caught_without_hashing(engine: Path) -> No
 
 
 def test_another_format_version_is_refused(engine: Path) -> None:
-    edit(engine, format_version=2)
-    with pytest.raises(EngineDirError, match="format version 2, expected 1"):
+    edit(engine, format_version=1)
+    with pytest.raises(EngineDirError, match="format version 1, expected 2"):
         load_manifest(engine)
 
 

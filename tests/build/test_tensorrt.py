@@ -1,5 +1,6 @@
 """Regions recorded and compiled by the real TensorRT-RTX builder, which needs no GPU."""
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -18,9 +19,10 @@ from smc_build.model_config import ModelConfig
 from smc_build.network import RegionSpec, TensorSpec, region_specs
 from smc_build.plan import row_buckets
 from smc_build.plans import build_network, build_plan, build_plans, static_shape, used_regions
+from smc_build.precision import resolve
 from smc_build.presets import PRESETS
 from smc_build.tensorrt_api import TensorrtApi, find, load
-from smc_build.torch_ops import TorchOps
+from smc_build.torch_ops import Fp8InputOps, TorchOps
 from smc_plugin.errors import ConfigError, EngineDirError, SmcError
 from tests.build.network_interpreter import interpret
 from tests.tiny_models import make_checkpoint
@@ -94,6 +96,36 @@ def test_the_recorded_network_means_what_torch_computes(
         assert ours[f"{name}_out"].dtype == tensor.dtype
         scale = tensor.float().abs().max()
         assert (ours[f"{name}_out"].float() - tensor.float()).abs().max() < tolerance * scale
+
+
+@pytest.mark.parametrize("head_dtype", ["bfloat16", "fp8"])
+@pytest.mark.parametrize("region", REGIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp8_regions_compile_and_mean_what_torch_computes(
+    api: TensorrtApi, configs: dict[str, ModelConfig], family: str, region: str, head_dtype: str
+) -> None:
+    precision = resolve("fp8", None, head_dtype, None)[0]
+    config = dataclasses.replace(configs[family], tied_head=False)
+    spec = region_specs(config, precision)[region]
+    inputs = random_inputs(spec, 16)
+    for tensor in spec.inputs:
+        if tensor.name.endswith("_input_scale"):
+            inputs[tensor.name] = torch.tensor([0.011])
+        elif tensor.name.endswith("_scale"):
+            inputs[tensor.name] = inputs[tensor.name].abs() / 100 + 0.003
+        elif tensor.dtype == "float8_e4m3fn":
+            inputs[tensor.name] = (inputs[tensor.name].float() * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+    recorded = build_network(api, spec, 16)
+    kinds = [recorded.network.get_layer(index).type for index in range(recorded.network.num_layers)]
+    products = sum(tensor.dtype == "float8_e4m3fn" for tensor in spec.inputs)
+    assert products == (head_dtype == "fp8" if region == "head" else {"entry": 1, "block": 4, "exit": 3}[region])
+    assert kinds.count(api.trt.LayerType.QUANTIZE) == products
+    ours = interpret(api.trt, recorded.network, recorded.ops.constants, inputs)
+    for name, tensor in spec.build(Fp8InputOps(), inputs).items():
+        scale = tensor.float().abs().max()
+        assert (ours[f"{name}_out"].float() - tensor.float()).abs().max() < 4e-2 * scale
+    plan = build_plan(api, spec, 16)
+    assert all(tensor.name.encode() in plan.data for tensor in spec.inputs)
 
 
 def test_a_plan_is_a_function_of_the_shapes(api: TensorrtApi, configs: dict[str, ModelConfig]) -> None:

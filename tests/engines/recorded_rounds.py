@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 
+from smc_build.precision import Precision
 from smc_build.presets import PRESETS
 from smc_build.weights import weight_shapes
 from smc_engines.bench.points import Case, Point
@@ -38,8 +39,9 @@ def llama_case(mode: Any = "smc") -> Case:
 def llama_engine() -> Engine:
     """What a summary reads of an engine: llama-8b with llama-1b, in bfloat16."""
     target, draft = (SimpleNamespace(config=PRESETS[name].config) for name in ("llama-8b", "llama-1b"))
-    manifest, config = SimpleNamespace(dtype="bfloat16"), SimpleNamespace(draft_schedule="deferred")
-    return cast(Engine, SimpleNamespace(target=target, draft=draft, manifest=manifest, config=config, page_size=16))
+    config, models = SimpleNamespace(draft_schedule="deferred"), {"target": target, "draft": draft}
+    precisions = dict.fromkeys(models, Precision.plain("bfloat16"))
+    return cast(Engine, SimpleNamespace(**models, models=models, precisions=precisions, config=config, page_size=16))
 
 
 def record_round(case: Case) -> list[str]:

@@ -3,8 +3,7 @@
 The interpreter multiplies bfloat16 matrices by their bit patterns, so that bfloat16 is checked on a GPU only.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -121,6 +120,43 @@ def test_head_norms_page_sizes_and_half_precision(page_size: int) -> None:
     check(make_pass([11, 40], 2, page_size=page_size, dtype=torch.float16, norm=True))
 
 
+def fp8_pages(case: Pass) -> Pass:
+    """The same pass over FP8 pages, some of its new keys and values beyond FP8's largest value."""
+    qkv = case.qkv.clone()
+    qkv[:, -16:] *= 1000
+    return replace(case, qkv=qkv, cache=case.cache.to(torch.float8_e4m3fn))
+
+
+def check_fp8(case: Pass) -> None:
+    """Both paths agree; a key on the edge between two FP8 values may fall to either side."""
+    expected, cache = case.expected()
+    assert cache.float().nan_to_num().abs().max() == 448
+    for fused in (False, True):
+        ours, context = case.cache.clone(), case.context(kernels)
+        if fused:
+            out = kernels.attend(case.qkv, ours, context, case.num_heads, *case.norms)
+        else:
+            query = kernels.rope_and_write(case.qkv, ours, context, case.num_heads, *case.norms)
+            out = kernels.paged_attention(query, ours, context)
+        assert expected.isfinite().all()
+        difference = (out - expected).abs()
+        assert (difference <= 3e-3 * expected.abs().max()).all()
+        assert (difference <= 1e-5 + 1e-5 * expected.abs()).float().mean() > 0.9
+        assert torch.equal(ours.float().isnan(), cache.float().isnan())
+        same = ours.view(torch.uint8) == cache.view(torch.uint8)
+        assert same.float().mean() > 0.999
+        torch.testing.assert_close(ours.float(), cache.float(), rtol=0.13, atol=0.002, equal_nan=True)
+
+
+@pytest.mark.parametrize("num_queries", [1, 2, 5, 45])
+def test_fp8_pages(num_queries: int) -> None:
+    check_fp8(fp8_pages(make_pass([0, 1, 37], num_queries, heads=(8, 2))))
+
+
+def test_fp8_pages_with_head_norms_and_split_contexts() -> None:
+    check_fp8(fp8_pages(make_pass([300, 3], 2, heads=(4, 1), norm=True)))
+
+
 def test_prefill_chunk_then_decode() -> None:
     whole = make_pass([0], 45, heads=(8, 2))
     check(whole)  # 45 * 4 query rows a KV head: the two-launch path
@@ -166,7 +202,7 @@ def test_shared_pages_are_read_once_a_group(
     shared = reference_pages.count_shared(case.table.view(2, group_size, -1))
     assert shared.tolist() == [pages, 0]
     ours = case.cache.clone()
-    context = dataclasses.replace(case.context(kernels), shared=shared)
+    context = replace(case.context(kernels), shared=shared)
     assert_same(kernels.attend(case.qkv, ours, context, case.num_heads), expected)
     torch.testing.assert_close(ours, cache, rtol=3e-6, atol=3e-6, equal_nan=True)
     assert not kernels.counters(ours.device, 1).any()

@@ -8,7 +8,14 @@ from smc_plugin.group_state import GroupState
 from smc_plugin.kernels import attention, embedding, groups, launch, matmul, pages, resample, sampling, weights
 from smc_plugin.kernels.compile import Compiled, compile_recorded, precompile
 
-BF16, F32, F64, I32, I64 = torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64
+FP8, BF16, F32, F64, I32, I64 = (
+    torch.float8_e4m3fn,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.int32,
+    torch.int64,
+)
 VOCAB = 128256
 # name: (hidden, qkv, ffn, head_dim)
 MODELS = {"llama-8b": (4096, 6144, 14336, 128), "llama-1b": (2048, 3072, 8192, 64)}
@@ -97,10 +104,10 @@ def test_pages() -> None:
     assert all(one.spill_bytes == 0 for one in compile_all(recorded))
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_attention(model: str) -> None:
+@pytest.mark.parametrize(("model", "kv_dtype"), [("llama-8b", BF16), ("llama-1b", BF16), ("llama-8b", FP8)])
+def test_attention(model: str, kv_dtype: torch.dtype) -> None:
     _, qkv, _, head_dim = MODELS[model]
-    cache = meta(2, 3000, 16, KV_HEADS, head_dim)
+    cache = meta(2, 3000, 16, KV_HEADS, head_dim, dtype=kv_dtype)
     with launch.recording() as recorded:
         for batch, queries, norm in ((8, 1, True), (8, 2, False), (8, 9, False), (1, 512, False)):
             context = attention.make_context(
@@ -114,7 +121,10 @@ def test_attention(model: str) -> None:
         assert "cos.approx" not in one.ptx
         if launched.arguments.get("FUSED"):
             # The first tile of old keys and values is asked for before the wait for the new ones.
-            assert one.ptx.index("ld.global.cg.v4") < one.ptx.index("griddepcontrol.wait")
+            first_read = "ld.global.cg.v4" if kv_dtype == BF16 else "ld.global.cg"
+            assert one.ptx.index(first_read) < one.ptx.index("griddepcontrol.wait")
+        if kv_dtype == FP8 and one.name == "_attention_kernel":
+            assert "e4m3x2" in one.ptx
 
 
 @pytest.mark.parametrize("rows", [8, 40, 72])
@@ -185,3 +195,48 @@ def test_products(model: str, rows: int) -> None:
             assert "cp.async.cg.shared.global" in one.ptx
             assert one.ptx.index("prefetch.global.L2") < one.ptx.index("griddepcontrol.wait")
             assert one.ptx.index("griddepcontrol.wait") < one.ptx.index("cp.async.cg")
+
+
+@pytest.mark.parametrize("rows", [8, 72])
+def test_fp8_products(rows: int) -> None:
+    hidden, qkv, ffn, _ = MODELS["llama-8b"]
+    norm, residual = (meta(hidden), 1e-5), meta(rows, hidden)
+
+    def fp8(columns: int, inner: int) -> Tensor:
+        return meta(columns, inner, dtype=FP8)
+
+    def scale(columns: int) -> Tensor:
+        return meta(columns, dtype=F32)
+
+    with launch.recording() as recorded:
+        _, normed = matmul.linear_and_norm(
+            *(meta(rows, hidden), fp8(hidden, hidden), residual, norm, None, True, scale(hidden))
+        )
+        inner = matmul.gated(normed, fp8(2 * ffn, hidden), None, True, scale(2 * ffn))
+        _, normed = matmul.linear_and_norm(inner, fp8(hidden, ffn), residual, norm, None, True, scale(hidden))
+        matmul.linear(normed, fp8(qkv, hidden), transpose_w=True, scale=scale(qkv))
+        matmul.linear(meta(rows, hidden), fp8(VOCAB, hidden), None, None, True, F32, None, scale(VOCAB))
+    for one in compile_all(recorded):
+        assert one.spill_bytes == 0, one.name
+        assert "cp.async.cg.shared.global" in one.ptx  # weights travel as bytes, 16 at a time,
+        assert "mul.rn.bf16x2" in one.ptx  # become bfloat16 in registers,
+        assert "cvt.rn.f16x2.e4m3x2" not in one.ptx  # not by the slow conversion,
+        assert "mma" in one.ptx  # and are multiplied by the matrix units
+
+
+@pytest.mark.parametrize(("rows", "gated"), [(8, True), (72, False)])
+def test_shared_memory_of_fp8_candidates_is_what_is_reckoned(rows: int, gated: bool) -> None:
+    hidden, columns = 4096, 28672
+    product = matmul.Product(rows, columns // 2 if gated else columns, hidden, gated, 1, 2)
+    candidates = matmul.candidate_tactics(product, launch.Gpu())
+    with launch.recording() as recorded:
+        for tactic in candidates:
+            x, weight, scale = meta(rows, hidden), meta(columns, hidden, dtype=FP8), meta(columns, dtype=F32)
+            if gated:
+                matmul.gated(x, weight, tactic, True, scale)
+            else:
+                matmul.linear(x, weight, transpose_w=True, tactic=tactic, scale=scale)
+    for tactic, one in zip(candidates, compile_all(recorded), strict=True):
+        reckoned = matmul._tile_bytes(product, tactic.rows, tactic.columns, tactic.inner, tactic.num_stages)
+        assert one.shared_bytes <= reckoned * 8 // 7, tactic
+        assert one.spill_bytes == 0, tactic

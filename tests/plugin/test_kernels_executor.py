@@ -47,6 +47,26 @@ def run(toy: Toy, kernels: KernelChoice, regions: RegionChoice, schedule: DraftS
 @pytest.mark.parametrize("schedule", ["deferred", "legacy"])
 def test_answers_are_those_of_the_reference(wide: Toy, schedule: DraftSchedule) -> None:
     expected, found = run(wide, "reference", "torch", schedule), run(wide, "triton", "fused", schedule)
+    assert_same_answers(found, expected)
+
+
+def test_fp8_answers_are_those_of_the_reference(tmp_path: Path) -> None:
+    """A draft of FP8 matrices and head in the fused products; FP8 keys could round to either side of an edge."""
+    toy = make_toy(
+        tmp_path,
+        vocab_size=6,
+        letters=True,
+        max_seq_len=32,
+        head_dim=16,
+        noise=0.7,
+        draft_dtype="fp8",
+        head_dtype="fp8",
+    )
+    expected, found = run(toy, "reference", "torch", "deferred"), run(toy, "triton", "fused", "deferred")
+    assert_same_answers(found, expected)
+
+
+def assert_same_answers(found: list[RequestOutput], expected: list[RequestOutput]) -> None:
     resamples = 0
     for case, ours, theirs in zip(CASES, found, expected, strict=True):
         assert ours.token_ids == theirs.token_ids, case

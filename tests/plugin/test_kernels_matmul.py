@@ -124,16 +124,65 @@ GPUS = {"H100": Gpu(132, 232448), "A100": Gpu(108, 166912), "RTX 4090": Gpu(128,
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("element_bytes", [2, 4])
+@pytest.mark.parametrize("element_bytes", [1, 2, 4])
 @pytest.mark.parametrize(("rows", "columns", "inner"), [(8, 2048, 2048), (72, 4096, 14336), (256, 128256, 4096)])
 @pytest.mark.parametrize("gated", [False, True])
 def test_candidates_start_with_the_default_and_fit_a_multiprocessor(
     rows: int, columns: int, inner: int, gated: bool, element_bytes: int, gpu: str
 ) -> None:
-    product = Product(rows, columns, inner, gated, element_bytes)
+    product = Product(rows, columns, inner, gated, element_bytes, max(element_bytes, 2))
     found = kernels.candidate_tactics(product, GPUS[gpu])
     assert found[0] == kernels.default_tactic(product, GPUS[gpu])
     assert len(set(found)) == len(found) >= (6 if gpu == "H100" and element_bytes == 2 and not gated else 1)
     for tactic in found:
         used = kernels._tile_bytes(product, tactic.rows, tactic.columns, tactic.inner, tactic.num_stages)
         assert used <= GPUS[gpu].shared_bytes
+
+
+def fp8(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """FP8 weights, one scale a row, and what they stand for in float64."""
+    values, scale = normal(*shape, seed=seed), normal(shape[0], seed=9).abs() / 64 + 1e-3
+    weight = (values / scale[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return weight, scale, weight.double() * scale[:, None].double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tactic", TACTICS)
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 64, 32), (5, 96, 48), (18, 200, 66)])
+def test_fp8_weights_with_everything_around_them(
+    tactic: str, rows: int, inner: int, columns: int, dtype: torch.dtype
+) -> None:
+    weight, scale, meant = fp8(columns, inner)
+    bias, residual, norm_weight = normal(columns).to(dtype), normal(rows, columns).to(dtype), normal(inner)
+    x = normal(rows, inner).to(dtype)
+    tolerance, chosen = (2e-6 if dtype == torch.float32 else 1e-3), TACTICS[tactic]
+    ours = kernels.linear(poisoned(x), weight, bias, residual, True, tactic=chosen, scale=scale)
+    assert ours.dtype == dtype
+    assert_near(ours, x.double() @ meant.t() + bias.double() + residual.double(), tolerance)
+    other_layout = kernels.linear(x, weight.t().contiguous(), bias, residual, tactic=chosen, scale=scale)
+    assert_near(other_layout, ours.double(), tolerance)
+    between = kernels.linear(prenormed(x.float(), norm_weight, 4), weight, transpose_w=True, tactic=chosen, scale=scale)
+    assert_near(between, norm(x, norm_weight) @ meant.t())
+
+
+@pytest.mark.parametrize("tactic", TACTICS)
+def test_fp8_gated_and_before_a_norm(tactic: str) -> None:
+    x, norm_weight, residual = normal(6, 96), normal(48), normal(6, 48)
+    weight, scale, meant = fp8(100, 96)
+    gate, up = (x.double() @ meant.t()).chunk(2, dim=-1)
+    ours = kernels.gated(poisoned(x), weight, TACTICS[tactic], True, scale)
+    assert_near(ours, functional.silu(gate) * up)
+    weight, scale, meant = fp8(48, 96)
+    ours, following = kernels.linear_and_norm(
+        x, weight, residual, (norm_weight, EPS), TACTICS[tactic], transpose_w=True, scale=scale
+    )
+    expected = x.double() @ meant.t() + residual.double()
+    assert_near(ours, expected)
+    assert_near(following.squares.sum(dim=0), expected.square().sum(dim=-1))
+
+
+def test_every_fp8_value_is_read_exactly() -> None:
+    weight = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(64, 4)
+    weight = torch.where(weight.float().isnan(), 0.0, weight.float()).to(torch.float8_e4m3fn).repeat(1, 4)
+    ours = kernels.linear(torch.eye(16), weight, transpose_w=True, scale=torch.ones(64))
+    assert torch.equal(ours, weight.float().t())

@@ -86,15 +86,17 @@ def test_shared_columns_are_counted_up_to_the_first_that_differs() -> None:
     assert kernels.count_shared(table).tolist() == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
 def test_copy_pages(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(4)
-    cache = torch.randn((3, 2, 9, 4, 2, 6), generator=generator).to(dtype)
+    cache = torch.randn((3, 2, 9, 4, 2, 6), generator=generator)
     cache[:, :, 8] = float("nan")
+    cache = cache.to(dtype)
     source = torch.tensor([[3, 0, 3], [7, 0, 2]], dtype=I32)
     destination = torch.tensor([[1, 0, 8], [4, 0, 2]], dtype=I32)
     ours, theirs = cache.clone(), cache.clone()
     kernels.copy_pages(ours, source, destination)
     pages.copy_pages(theirs, source, destination)
+    ours, theirs, cache = (pages.view(torch.uint8) for pages in (ours, theirs, cache))
     assert torch.equal(ours, theirs)
     assert torch.equal(ours[:, :, 8], cache[:, :, 3])
