@@ -9,7 +9,6 @@ emulation (36 against 356 ms for 72 rows of [576, 3072] on two AVX2 cores). Exam
 import torch
 import torch.nn.functional as F
 
-
 FP8_MAX = 448.0
 
 
