@@ -186,7 +186,9 @@ def check_buildable(plan: BuildPlan) -> None:
             "close other programs or build on a larger machine"
         )
     # Tokenizers and the manifest are megabytes; the weights decide.
-    needed, free, what = plan.weight_bytes + (64 << 20), free_disk_bytes(plan.output), str(plan.output)
+    quantized = 0 if plan.options.random_weights else _exported_bytes(plan)
+    needed, free = plan.weight_bytes + quantized + (64 << 20), free_disk_bytes(plan.output)
+    what = str(plan.output)
     fetched = sum(model.config.weight_bytes("bfloat16") for model in plan.models if model.folder is None)
     # Otherwise hours of download would end with a full disk.
     if fetched and not plan.options.random_weights and same_disk(plan.output, CHECKPOINTS_FOLDER):
@@ -196,6 +198,15 @@ def check_buildable(plan: BuildPlan) -> None:
             f"{what} needs {format_bytes(needed)} of disk, {format_bytes(free)} are free: free some, or choose "
             "another disk with --output"
         )
+
+
+def _exported_bytes(plan: BuildPlan) -> int:
+    """Bytes of the FP8 checkpoints that a build writes beside its output, and removes."""
+    return sum(
+        weight_bytes(model.config, plan.precisions[role])
+        for role, model in plan.roles
+        if needs_quantizing(model, plan.precisions[role])
+    )
 
 
 def round_rows(role: Role, particles: int, draft_tokens: int, groups: int) -> tuple[int, ...]:

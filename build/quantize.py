@@ -138,10 +138,10 @@ def _load(source: Path, precision: Precision) -> Any:
             f"quantizing {source} needs {format_bytes(needed)} of memory, {format_bytes(free_memory_bytes())} are free: "
             "use a larger machine, or a checkpoint that is FP8 already"
         )
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, use_safetensors=True, trust_remote_code=False
     ).eval()
-    return model.cuda() if on_gpu else model
+    return model.to("cuda") if on_gpu else model
 
 
 def _untie(model: Any) -> None:

@@ -64,7 +64,7 @@ def bench_product(bench: Bench, name: str, shape: Shape, rows: int) -> None:
         f"{name}/scaled_mm",
         f"{shape.name} rows={rows}",
         inner * width,
-        lambda i: torch._scaled_mm(small, along[i].t(), one, one, out_dtype=BF16),
+        lambda i: torch.ops.aten._scaled_mm(small, along[i].t(), one, one, None, None, BF16),
         None,
         copies,
     )

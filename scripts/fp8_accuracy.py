@@ -267,16 +267,23 @@ def main(argv: list[str] | None = None) -> int:
                 folders[name] = build_engine(options)
             tokenizer = Tokenizer.load(folders["FP8"] / "tokenizer")
             report["forms"] = compare_forms(folders, held_out_text(tokenizer, args.passages, args.tokens))
+            report["answers"] = []
+            write(report, args.json)  # the answers take as long again
             report["answers"] = compare_answers(folders, args) if args.prompts else []
     except SmcError as error:
         print(f"fp8_accuracy: {error}", file=sys.stderr)
         return 1
     print_report(report)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        print(f"wrote {args.json}")
+    write(report, args.json)
     return 0
+
+
+def write(report: Mapping[str, Any], path: Path | None) -> None:
+    """Save what there is so far."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {path}")
 
 
 def print_report(report: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ class Tactic:
         splits: parts of the inner dimension.
         num_warps, num_stages: of a program.
         prefetch: inner rows of its own weights that a program asks for before it waits; a power of two, or 0.
+        swap: compute the transposed product, weights on the left.
     """
 
     rows: int
@@ -38,3 +39,4 @@ class Tactic:
     num_warps: int
     num_stages: int
     prefetch: int = 0
+    swap: bool = False

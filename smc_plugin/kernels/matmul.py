@@ -23,7 +23,7 @@ which streams 512 * 64 weights (64 kB).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -148,6 +148,19 @@ def _widened(w, dtype: tl.constexpr, HOPPER: tl.constexpr):
 
 
 @triton.jit
+def _product(tile, w, acc, SWAP: tl.constexpr):
+    """acc plus tile [ROWS, INNER] @ w [INNER, COLUMNS]; with SWAP acc is the transposed product.
+
+    Matrix units on Hopper take their left operand from registers, the right one from shared memory: weights that were
+    widened in registers had better be the left one.
+    """
+    if SWAP:
+        return tl.dot(tl.trans(w), tl.trans(tile), acc, input_precision="ieee")
+    else:
+        return tl.dot(tile, w, acc, input_precision="ieee")
+
+
+@triton.jit
 def _load_squares(squares, first, num_parts, row, is_row, num_rows, PARTS: tl.constexpr):
     """[ROWS, PARTS] float32 sums of squares from `first` on, 0 beyond num_parts."""
     part = first + tl.arange(0, PARTS)
@@ -195,6 +208,7 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
     INNER: tl.constexpr,
     PARTS: tl.constexpr,
     LINE: tl.constexpr,
+    SWAP: tl.constexpr,
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -228,7 +242,7 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
     added = tl.load(residual + place, mask=inside, other=0.0) if RESIDUAL else 0.0
     column_scale = tl.load(weight_scale + column, mask=is_column, other=0.0) if SCALED else 0.0
     up_scale = tl.load(weight_scale + columns + column, mask=is_column, other=0.0) if SCALED and GATED else 0.0
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    acc = tl.zeros([COLUMNS, ROWS] if SWAP else [ROWS, COLUMNS], tl.float32)
     up_acc = acc
     for at in range(start, stop, INNER):
         is_inner = at + tl.arange(0, INNER) < stop
@@ -238,13 +252,15 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
         else:
             tile = tl.load(x_at, mask=is_row[:, None] & is_inner[None, :], other=0.0)
         w = _load_weights(w_at, is_inner, is_column, EVEN_INNER, EVEN_COLUMNS)
-        acc = tl.dot(tile, _widened(w, tile.dtype, PDL), acc, input_precision="ieee")
+        acc = _product(tile, _widened(w, tile.dtype, PDL), acc, SWAP)
         if GATED:
             up = _load_weights(w_at + up_offset, is_inner, is_column, EVEN_INNER, EVEN_COLUMNS)
-            up_acc = tl.dot(tile, _widened(up, tile.dtype, PDL), up_acc, input_precision="ieee")
+            up_acc = _product(tile, _widened(up, tile.dtype, PDL), up_acc, SWAP)
         x_at += INNER
         w_at += w_step
 
+    if SWAP:
+        acc, up_acc = tl.trans(acc), tl.trans(up_acc)
     writes = True
     if SPLIT:
         MATRICES: tl.constexpr = 2 if GATED else 1
@@ -397,6 +413,10 @@ def candidate_tactics(product: Product, gpu: Gpu) -> list[Tactic]:
         for parts in (splits, fewer, more) if can_more else (splits, fewer):
             prefetch = _prefetch_rows(product, tile_columns, inner // parts)
             found.append(Tactic(tile_rows, tile_columns, tile_inner, parts, _warps(tile_rows), stages, prefetch))
+    if product.element_bytes < product.input_bytes:
+        # The best of the other order last: many rows need their weights on the left, few rows do not.
+        many = tile_rows > 32
+        found = [replace(tactic, swap=many) for tactic in found] + [replace(one, swap=not many) for one in found[:3]]
     return list(dict.fromkeys(found))
 
 
@@ -482,6 +502,7 @@ def _linear(
         # A tile that fits the registers; more parts take further turns.
         PARTS=min(max(16, 8192 // tactic.rows), next_power_of_2(max(num_parts, 1))),
         LINE=128 // element_bytes,
+        SWAP=tactic.swap,
         PREFETCH=tactic.prefetch,
         num_warps=tactic.num_warps,
         num_stages=tactic.num_stages,

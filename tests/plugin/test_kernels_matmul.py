@@ -15,6 +15,7 @@ TACTICS = {
     "split": Tactic(16, 32, 32, 3, 4, 3),
     "tall": Tactic(32, 16, 16, 1, 4, 3),
     "wide": Tactic(16, 64, 64, 2, 4, 3),
+    "swapped": Tactic(16, 32, 32, 2, 4, 3, 0, True),
 }
 
 
