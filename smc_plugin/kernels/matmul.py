@@ -413,10 +413,10 @@ def candidate_tactics(product: Product, gpu: Gpu) -> list[Tactic]:
         for parts in (splits, fewer, more) if can_more else (splits, fewer):
             prefetch = _prefetch_rows(product, tile_columns, inner // parts)
             found.append(Tactic(tile_rows, tile_columns, tile_inner, parts, _warps(tile_rows), stages, prefetch))
-    if product.element_bytes < product.input_bytes:
-        # The best of the other order last: many rows need their weights on the left, few rows do not.
-        many = tile_rows > 32
-        found = [replace(tactic, swap=many) for tactic in found] + [replace(one, swap=not many) for one in found[:3]]
+    # The best of the other order last: weights that are widened and many rows want them on the left.
+    left = product.element_bytes < product.input_bytes and tile_rows > 32
+    if product.input_bytes == 2:
+        found = [replace(tactic, swap=left) for tactic in found] + [replace(one, swap=not left) for one in found[:4]]
     return list(dict.fromkeys(found))
 
 
