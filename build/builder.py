@@ -12,7 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -23,7 +23,6 @@ import safetensors
 import torch
 
 from smc_build.atomic_dir import assembled, check_output, remove_leftovers
-from smc_build.checkpoint import Checkpoint, weight_files
 from smc_build.engine_dir import (
     TOKENIZER_FOLDER,
     Manifest,
@@ -32,10 +31,12 @@ from smc_build.engine_dir import (
     weight_file,
     write_manifest,
 )
+from smc_build.formats import OpenCheckpoint, open_checkpoint, weight_files
 from smc_build.plan import BuildOptions, BuildPlan, check_buildable, make_plan
 from smc_build.plans import build_plans, plan_file, plan_table
 from smc_build.presets import ModelSource, fetch
-from smc_build.shard_file import FileEntry, hash_file, write_shard
+from smc_build.shard_file import FileEntry, hash_file, open_shard
+from smc_build.sharding import bind_head, rank_config, shard, shards
 from smc_build.tensorrt_api import find
 from smc_build.tokenizer_files import check_fits_vocabulary, check_same_tokenizer, copy_tokenizer
 from smc_build.weights import random_weights, weight_shapes
@@ -43,7 +44,8 @@ from smc_plugin.errors import CheckpointError
 
 __all__ = ["BuildOptions", "Progress", "Quiet", "WeightSource", "build_engine", "random_engine"]
 
-WeightSource = Callable[[Role, torch.device], dict[str, torch.Tensor]]
+# a model's weights of one rank, on a device
+WeightSource = Callable[[Role, torch.device, int], dict[str, torch.Tensor]]
 
 
 class Progress(Protocol):
@@ -122,16 +124,19 @@ def random_engine(options: BuildOptions) -> tuple[Manifest, WeightSource]:
     Args:
         options: what would be built; random_weights is implied.
     Returns:
-        the manifest, which names no files, and a function that makes a model's canonical weights on a device.
+        the manifest, which names no files, and a function that makes a rank's canonical weights of a model on a device.
+        They are cut from the tensors of one rank, one at a time, so the answers do not depend on the number of ranks.
     """
     plan = make_plan(replace(options, random_weights=True))
     entries = {
-        role: ModelEntry(model.config, _source_name(model), _source_hash(model, plan.options, role))
+        role: ModelEntry(model.config, _source_name(model), _source_hash(model, plan.options, role), plan.ranks(role))
         for role, model in _roles(plan)
     }
 
-    def weights(role: Role, device: torch.device) -> dict[str, torch.Tensor]:
-        return dict(random_weights(entries[role].config, plan.dtype, _seed(plan.options, role), device))
+    def weights(role: Role, device: torch.device, rank: int) -> dict[str, torch.Tensor]:
+        entry = entries[role]
+        whole = random_weights(entry.config, plan.dtype, _seed(plan.options, role), device)
+        return bind_head(dict(shards(whole, entry.config, entry.tp, rank)), entry.rank_config, rank)
 
     return _manifest(plan, entries["target"], entries.get("draft"), {}), weights
 
@@ -162,21 +167,21 @@ def _check_tokenizers(plan: BuildPlan) -> None:
 
 
 @contextmanager
-def _open_checkpoints(plan: BuildPlan) -> Iterator[dict[Role, Checkpoint]]:
+def _open_checkpoints(plan: BuildPlan) -> Iterator[dict[Role, OpenCheckpoint]]:
     """Open every checkpoint, which checks all tensors' names and shapes, before anything is written."""
-    opened: dict[Role, Checkpoint] = {}
+    opened: dict[Role, OpenCheckpoint] = {}
     try:
         if not plan.options.random_weights:
             for role, model in _roles(plan):
                 assert model.folder is not None
-                opened[role] = Checkpoint(model.folder)
+                opened[role] = open_checkpoint(model.folder)
         yield opened
     finally:
         for checkpoint in opened.values():
             checkpoint.close()
 
 
-def _write_engine(plan: BuildPlan, checkpoints: dict[Role, Checkpoint], folder: Path, progress: Progress) -> None:
+def _write_engine(plan: BuildPlan, checkpoints: dict[Role, OpenCheckpoint], folder: Path, progress: Progress) -> None:
     files: dict[str, FileEntry] = {}
     entries: dict[str, ModelEntry | None] = {"target": None, "draft": None}
     # Hashing the sources reads every file once more; it runs beside the writing, in a thread of its own.
@@ -185,7 +190,7 @@ def _write_engine(plan: BuildPlan, checkpoints: dict[Role, Checkpoint], folder: 
         for role, model in _roles(plan):
             files.update(_write_model(plan, role, model, checkpoints.get(role), folder, progress))
         for role, model in _roles(plan):
-            entries[role] = ModelEntry(model.config, _source_name(model), hashes[role].result())
+            entries[role] = ModelEntry(model.config, _source_name(model), hashes[role].result(), plan.ranks(role))
     if plan.target.folder is not None:
         for copy in copy_tokenizer(plan.target.folder, folder / TOKENIZER_FOLDER):
             files[f"{TOKENIZER_FOLDER}/{copy.name}"] = hash_file(copy)
@@ -193,10 +198,9 @@ def _write_engine(plan: BuildPlan, checkpoints: dict[Role, Checkpoint], folder: 
 
 
 def _write_model(
-    plan: BuildPlan, role: Role, model: ModelSource, checkpoint: Checkpoint | None, folder: Path, progress: Progress
+    plan: BuildPlan, role: Role, model: ModelSource, checkpoint: OpenCheckpoint | None, folder: Path, progress: Progress
 ) -> dict[str, FileEntry]:
-    name, shapes = weight_file(role, 0), weight_shapes(model.config)
-    (folder / name).parent.mkdir(parents=True)
+    (folder / weight_file(role, 0)).parent.mkdir(parents=True)
     config_file = folder / role / "config.json"
     config_file.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
     plans = _write_plans(plan, role, model, folder, progress)
@@ -204,12 +208,20 @@ def _write_model(
         tensors = random_weights(model.config, plan.dtype, _seed(plan.options, role))
     else:
         tensors = checkpoint.tensors(plan.dtype)
-    progress.start(f"{role} {model.name}", model.config.weight_bytes(plan.dtype))
+    ranks = plan.ranks(role)
+    own = rank_config(model.config, ranks)
+    names = [weight_file(role, rank) for rank in range(ranks)]
+    progress.start(f"{role} {model.name}", ranks * own.weight_bytes(plan.dtype))
     try:
-        entry = write_shard(folder / name, shapes, tensors, plan.dtype, progress.advance)
+        with ExitStack() as files:
+            writers = [files.enter_context(open_shard(folder / name, weight_shapes(own), plan.dtype)) for name in names]
+            for weight, tensor in tensors:
+                for rank, writer in enumerate(writers):
+                    progress.advance(writer.write(weight, shard(weight, tensor, model.config, ranks, rank)))
+            entries = {name: writer.finish() for name, writer in zip(names, writers, strict=True)}
     finally:
         progress.finish()
-    return {name: entry, f"{role}/{config_file.name}": hash_file(config_file), **plans}
+    return {**entries, f"{role}/{config_file.name}": hash_file(config_file), **plans}
 
 
 def _write_plans(
@@ -220,7 +232,7 @@ def _write_plans(
     if api is None:
         return {}
     started, files = time.perf_counter(), {}
-    for compiled in build_plans(api, model.config, plan.dtype, plan.row_buckets):
+    for compiled in build_plans(api, rank_config(model.config, plan.ranks(role)), plan.dtype, plan.row_buckets):
         name = plan_file(role, compiled.region, compiled.rows)
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(compiled.data)
@@ -235,7 +247,9 @@ def _plan_manifest(plan: BuildPlan) -> dict[str, Any]:
     api = None if plan.compiler == "torch" else find(plan.compiler)
     if api is None:
         return {}
-    tables = {role: plan_table(role, model.config, plan.row_buckets) for role, model in _roles(plan)}
+    tables = {
+        role: plan_table(role, rank_config(model.config, plan.ranks(role)), plan.row_buckets) for role, model in _roles(plan)
+    }
     return {"compiler": api.compiler, "version": api.version, "gpu": api.target(), "files": tables}
 
 

@@ -25,6 +25,7 @@ from smc_build.engine_dir import Manifest, load_manifest, tokenizer_path, write_
 from smc_build.machine import format_bytes
 from smc_build.plan import DEFAULT_MAX_SEQ_LEN, BuildOptions, BuildPlan, option_defaults
 from smc_build.plan_text import describe, preset_list
+from smc_build.sharding import describe_padding
 from smc_build.tensorrt_api import COMPILERS
 from smc_plugin.errors import ConfigError, SmcError
 
@@ -162,6 +163,13 @@ def _describe_manifest(path: Path, manifest: Manifest) -> str:
             f"{config.kv_bytes_per_token(manifest.dtype):,} bytes "
             f"per token, source {entry.source_sha256[:12]}"
         )
+        if manifest.tp > 1:
+            own = entry.rank_config
+            text = describe_padding(config, entry.tp) if entry.tp > 1 else "whole"
+            lines.append(
+                f"    on each of {manifest.tp} ranks: {format_bytes(own.weight_bytes(manifest.dtype))}, KV "
+                f"{own.kv_bytes_per_token(manifest.dtype):,} bytes per token; {text}"
+            )
     total = sum(entry.bytes for entry in manifest.files.values())
     plans = [name for name in manifest.files if name.endswith(".plan")]
     if plans:
@@ -206,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint", str, "target: a Hugging Face folder or a preset")
     add("--draft", str, "draft: a folder, a preset, or 'none' (default: the preset's)")
     add("--tp", int, f"tensor-parallel ranks (default {defaults['tp']})")
+    add("--draft-tp", int, "1 keeps the whole draft on every rank (default: --tp)")
     add("--dtype", str, f"{' or '.join(ENGINE_DTYPES)} (default: bfloat16 for presets and with a GPU, else float32)")
     add("--particles", int, f"largest number of particles N (default {defaults['particles']})")
     add("--draft-tokens", int, f"largest number of draft tokens K (default {defaults['draft_tokens']})")

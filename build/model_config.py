@@ -105,8 +105,18 @@ class ModelConfig:
         attention = self.hidden_size * (self.qkv_size + self.q_size)
         extras = (self.qkv_size if self.qkv_bias else 0) + (2 * self.head_dim if self.qk_norm else 0)
         layer = attention + extras + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_head else 2)
-        return self.num_layers * layer + embeddings + self.hidden_size
+        rows = self.embedding_rows + (0 if self.tied_head else self.vocab_size)
+        return self.num_layers * layer + rows * self.hidden_size + self.hidden_size
+
+    @property
+    def is_shard(self) -> bool:
+        """Whether these are the shapes of one tensor-parallel rank, whose products are parts of sums."""
+        return False
+
+    @property
+    def embedding_rows(self) -> int:
+        """Rows of the embedding."""
+        return self.vocab_size
 
     def weight_bytes(self, dtype: str | torch.dtype) -> int:
         """Bytes of all weights stored as `dtype`."""

@@ -3,9 +3,11 @@
 Example: the target line of llama-1b in bfloat16 ends "1,235,814,400 parameters, 2.47 GB, KV 32,768 bytes per token".
 """
 
+from smc_build.engine_dir import Role
 from smc_build.machine import format_bytes
 from smc_build.plan import BuildPlan
 from smc_build.presets import PRESETS, ModelSource
+from smc_build.sharding import describe_padding
 from smc_build.tensorrt_api import PORTABLE, find
 
 _GPUS = {PORTABLE: "any GPU it supports"}
@@ -30,9 +32,13 @@ def describe(plan: BuildPlan) -> str:
     ]
     if options.tp > 1:
         lines.append(
-            f"  {'per rank':<13}{format_bytes(plan.weight_bytes // options.tp)} of weights, "
-            f"{format_bytes(plan.page_bytes // options.tp)} a page, on each of {options.tp} ranks"
+            f"  {'per rank':<13}{format_bytes(plan.rank_weight_bytes)} of weights on each of {options.tp} ranks"
         )
+        roles: tuple[Role, Role] = ("target", "draft")
+        for role, model in zip(roles, plan.models, strict=False):
+            ranks = plan.ranks(role)
+            text = describe_padding(model.config, ranks) if ranks > 1 else "whole on every rank"
+            lines.append(f"  {'':<13}{role}: {text}")
     if plan.num_pages < plan.pages_per_request:
         lines.append(
             f"  {'note':<13}not even one request of {plan.max_seq_len} tokens with {options.particles} particles "
