@@ -371,7 +371,7 @@ def _verify(
     q = context.draft.vocabulary.softmax(draft.scaled)
     p_token = vocabulary.pick(p[:, :, :k], draft.tokens)
     q_token = context.draft.vocabulary.pick(q, draft.tokens)
-    q = vocabulary.own_columns(q)
+    q = vocabulary.own_columns(q, context.draft.vocabulary)
     purposes = [random.PURPOSE_ACCEPT + random.PURPOSE_STRIDE * step for step in range(k)]
     u = torch.stack([random.uniform(*_name(opened, purpose)) for purpose in purposes], dim=-1).view_as(p_token)
     committed = (u * q_token < p_token).long().cumprod(dim=-1).sum(dim=-1)[:, 0]

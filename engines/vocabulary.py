@@ -61,8 +61,8 @@ class Vocabulary(Protocol):
         """Sums of [..., W] over all columns of all ranks."""
         ...
 
-    def own_columns(self, probs: Tensor) -> Tensor:
-        """Cut [..., V] or [..., W] of another model to the columns that are here."""
+    def own_columns(self, probs: Tensor, source: Vocabulary) -> Tensor:
+        """Cut what another model's vocabulary holds, whole or as here, to the columns that are here."""
         ...
 
 
@@ -113,7 +113,7 @@ class WholeVocabulary:
         """See Vocabulary."""
         return values.sum(dim=-1)
 
-    def own_columns(self, probs: Tensor) -> Tensor:
+    def own_columns(self, probs: Tensor, source: Vocabulary) -> Tensor:
         """See Vocabulary."""
         return probs
 
@@ -180,9 +180,9 @@ class ShardedVocabulary:
         """See Vocabulary."""
         return self._ranks.all_gather(values.sum(dim=-1)).sum(dim=0)
 
-    def own_columns(self, probs: Tensor) -> Tensor:
+    def own_columns(self, probs: Tensor, source: Vocabulary) -> Tensor:
         """See Vocabulary."""
-        if probs.shape[-1] == self._width:
+        if isinstance(source, ShardedVocabulary):
             return probs
         own = probs[..., self._first_token : self._first_token + self._width]
         return torch.nn.functional.pad(own, (0, self._width - own.shape[-1]))

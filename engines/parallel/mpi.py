@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import time
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from smc_engines.parallel.heartbeat import Heartbeat
 
 _PLAN_TAG = 7
 _NAP_S = 0.0005
@@ -31,6 +34,17 @@ class MpiRanks:
         self.rank: int = self._world.Get_rank()
         self.size: int = self._world.Get_size()
         self._sent: list[Any] = []
+        self._heartbeat: Heartbeat | None = None
+
+    def start_heartbeat(self) -> None:
+        """Watch over the ranks from now on; every rank calls it once."""
+        one_host = len(set(self.gather_objects(socket.gethostname()))) == 1
+        self._heartbeat = Heartbeat(self.rank, self.size, self.gather_objects, one_host)
+
+    def watch(self, limit_s: float | None) -> None:
+        """See Ranks."""
+        if self._heartbeat is not None:
+            self._heartbeat.watch(limit_s)
 
     @property
     def local_rank(self) -> int:
@@ -91,6 +105,8 @@ class MpiRanks:
         for request in self._sent:
             request.Wait()
         self._sent.clear()
+        if self._heartbeat is not None:
+            self._heartbeat.close()
         self._world.Free()
 
 

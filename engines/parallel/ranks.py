@@ -43,6 +43,10 @@ class Ranks(Protocol):
         """On the others: wait for the next plan, without keeping a processor busy."""
         ...
 
+    def watch(self, limit_s: float | None) -> None:
+        """End the process if this is not called again within limit_s seconds; None ends the watch."""
+        ...
+
     def close(self) -> None:
         """Give back what the interface holds; the last call."""
         ...
