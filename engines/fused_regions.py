@@ -1,7 +1,8 @@
 """Runs regions on the fused products of smc_plugin.kernels.matmul.
 
 A block is four launches: o, gate/up, down and the next qkv, each with the residual, norm, activation and bias around it.
-For a Llama-8B block at 8 rows these four read 436 MB of weights and little else.
+For a Llama-8B block at 8 rows these four read 436 MB of weights and little else. On a tensor-parallel rank a sum over the ranks
+follows o and down; residual and norm are then one more, small launch.
 """
 
 from __future__ import annotations
@@ -50,9 +51,10 @@ class FusedRegions:
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], tactics: ModelTactics | None = None) -> None:
         triton_kernels()  # names the missing extra
-        from smc_plugin.kernels import launch, matmul  # noqa: PLC0415 - importing them needs triton
+        from smc_plugin.kernels import launch, matmul, residual_norm  # noqa: PLC0415 - importing them needs triton
 
         self._matmul = matmul
+        self._add_and_norm = residual_norm.add_and_norm
         self._eps = config.rms_eps
         self._config = config
         self._gpu = launch.gpu_of(weights["embed"].device)
@@ -86,6 +88,8 @@ class FusedRegions:
             tactic = self.tactic("head", hidden.shape[0])
             logits = matmul.linear(hidden, bound["lm_head"], transpose_w=True, dtype=torch.float32, tactic=tactic)
             return {"logits": logits}
+        if self._config.is_shard:
+            return self._run_piece(region, bound, activations)
         attn, residual = activations["attn"], activations["residual"]
         rows = attn.shape[0]
         residual, normed = matmul.linear_and_norm(
@@ -99,6 +103,24 @@ class FusedRegions:
         norm = bound["next_attn_norm"], eps
         residual, normed = matmul.linear_and_norm(inner, bound["down"], residual, norm, tactic)
         return {"qkv": self._qkv(normed, rows, bound, "next_"), "residual": residual}
+
+    def _run_piece(
+        self, region: str, bound: Mapping[str, Tensor], activations: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """One of the regions between two sums over the ranks."""
+        matmul, eps = self._matmul, self._eps
+        if region == "attn_out":
+            attn = activations["attn"]
+            return {"partial": matmul.linear(attn, bound["o"], tactic=self.tactic("o", attn.shape[0]))}
+        norm = {"feed_forward": "mlp_norm", "next_qkv": "next_attn_norm", "final": "final_norm"}[region]
+        residual, normed = self._add_and_norm(activations["reduced"], activations["residual"], bound[norm], eps)
+        rows = normed.shape[0]
+        if region == "final":
+            return {"hidden": normed}
+        if region == "next_qkv":
+            return {"qkv": self._qkv(normed, rows, bound, "next_"), "residual": residual}
+        inner = matmul.gated(normed, bound["gate_up"], self.tactic("gate_up", rows))
+        return {"partial": matmul.linear(inner, bound["down"], tactic=self.tactic("down", rows)), "residual": residual}
 
     def _qkv(self, x: Tensor | Prenormed, rows: int, bound: Mapping[str, Tensor], prefix: str) -> Tensor:
         bias = bound.get(f"{prefix}qkv_bias")

@@ -100,6 +100,7 @@ def capture(function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tenso
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Threads of NCCL look at their events meanwhile, which must not end the capture.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = function()
     return graph, output

@@ -35,11 +35,12 @@ class MpiRanks:
         self.size: int = self._world.Get_size()
         self._sent: list[Any] = []
         self._heartbeat: Heartbeat | None = None
+        self.host = socket.gethostname()
+        self.one_host = len(set(self.gather_objects(self.host))) == 1
 
     def start_heartbeat(self) -> None:
         """Watch over the ranks from now on; every rank calls it once."""
-        one_host = len(set(self.gather_objects(socket.gethostname()))) == 1
-        self._heartbeat = Heartbeat(self.rank, self.size, self.gather_objects, one_host)
+        self._heartbeat = Heartbeat(self.rank, self.size, self.gather_objects, self.one_host)
 
     def watch(self, limit_s: float | None) -> None:
         """See Ranks."""
