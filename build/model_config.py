@@ -186,9 +186,7 @@ class ModelConfig:
             num_layers=_required(hf, "num_hidden_layers"),
             num_heads=num_heads,
             num_kv_heads=_or_default(hf, "num_key_value_heads", num_heads),
-            head_dim=_or_default(
-                hf, "head_dim", _QWEN3_HEAD_DIM if family == "qwen3" else _default_head_dim(hidden_size, num_heads)
-            ),
+            head_dim=hf.get("head_dim") or _default_head_dim(family, hidden_size, num_heads),
             ffn_size=_required(hf, "intermediate_size"),
             rms_eps=float(_or_default(hf, "rms_norm_eps", 1e-6)),
             rope=_read_rope(hf),
@@ -283,7 +281,9 @@ def _or_default(values: dict[str, Any], key: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def _default_head_dim(hidden_size: int, num_heads: int) -> int:
+def _default_head_dim(family: str, hidden_size: int, num_heads: int) -> int:
+    if family == "qwen3":
+        return _QWEN3_HEAD_DIM
     if hidden_size % num_heads:
         raise CheckpointError(
             f"config.json has no head_dim and hidden_size {hidden_size} does not divide by {num_heads} heads: add "
