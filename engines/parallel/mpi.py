@@ -19,7 +19,8 @@ from torch import Tensor
 from smc_engines.parallel.heartbeat import Heartbeat
 
 _PLAN_TAG = 7
-_NAP_S = 0.0005
+_YIELDS = 20  # then the wait sleeps: who sleeps is woken sooner than who yields when other programs are busy
+_SHORT_NAP_S, _NAP_S = 0.00005, 0.0005
 _SPIN_S = 0.002  # plans usually follow one another at once
 
 
@@ -69,9 +70,10 @@ class MpiRanks:
         """See Ranks."""
         out = torch.empty((self.size, *x.shape), dtype=x.dtype)
         if x.numel():
-            request = self._world.Iallgather(_bytes(x.contiguous()), _bytes(out))
+            request, polls = self._world.Iallgather(_bytes(x.contiguous()), _bytes(out)), 0
             while not request.Test():
-                os.sched_yield()
+                polls += 1
+                os.sched_yield() if polls < _YIELDS else time.sleep(_SHORT_NAP_S)
         return out
 
     def gather_objects(self, value: Any) -> list[Any]:
