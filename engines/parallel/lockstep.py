@@ -8,12 +8,14 @@ wait for a collective that nobody else enters. The plan of an idle step is about
 
 from __future__ import annotations
 
+import gc
 import zlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from smc_engines.config import ExecutorConfig
@@ -70,6 +72,14 @@ class Step:
 @dataclass(frozen=True)
 class Renew:
     """Make a new executor on the engine."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Call a module's function with the engine and some arguments; it may use the ranks' collectives."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -156,11 +166,32 @@ def follow(engine: Engine) -> None:
                 engine.close()
                 return
             case Renew():
-                del executor
+                executor = None
+                _forget(engine)
                 executor = Executor(engine)
+            case Call(function, args):
+                function(engine, *args)
             case Step() as plan:
                 assert executor is not None
                 executor.follow(plan)
+
+
+def announce(ranks: Ranks | None, function: Callable[..., Any], *args: Any) -> None:
+    """On rank 0, between steps: the others call this function now, with their engine and these arguments; so must the caller."""
+    if ranks is not None and ranks.rank == 0:
+        ranks.send_plan(Call(function, args))
+
+
+def silent(_line: str) -> None:
+    """Say nothing: what a rank that follows does with lines of progress."""
+
+
+def _forget(engine: Engine) -> None:
+    """Give back what a dropped executor held; a round of it may still run."""
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def leave(ranks: Ranks) -> None:

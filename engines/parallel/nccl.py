@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from smc_engines.parallel.mpi import MpiRanks
+from smc_plugin.kernels.timing import graph_times_us
 
 _LARGEST_ONE_SHOT = 4 << 20
 _TIMED_BYTES = (16 << 10, 64 << 10, 256 << 10, 1 << 20, _LARGEST_ONE_SHOT)
@@ -141,24 +142,5 @@ class NcclRanks:
 
 
 def graph_us(call: Callable[[], object]) -> float:
-    """Median microseconds of a call within a CUDA graph of many; every rank must measure the same at the same time."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(_CALLS):
-            call()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times = []
-    for _ in range(_REPLAYS):
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / _CALLS)
-    return statistics.median(times)
+    """Median microseconds of a call among many in a CUDA graph; every rank must time the same at the same time."""
+    return statistics.median(graph_times_us([call] * _CALLS, _REPLAYS)) / _CALLS
