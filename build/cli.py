@@ -10,6 +10,7 @@ line, exit 1.
 """
 
 import argparse
+import contextlib
 import sys
 import time
 from dataclasses import replace
@@ -104,7 +105,10 @@ def _build(arguments: dict[str, object], may_tune: bool) -> None:
         prompt += f" --max-tokens {longest // 2}"
     print(f"Built {path} in {seconds:.1f} s. Next:\n\n    smc-run --engine {path} {prompt}", flush=True)
     if may_tune and torch.cuda.is_available():
-        _tune_built(path)
+        if load_manifest(path, verify=False).tp > 1:
+            print(f"To find the fastest tactics, with a GPU for every rank:\n\n    smc-build --tune {path}", flush=True)
+        else:
+            _tune_built(path)
 
 
 def _tune_built(path: Path) -> None:
@@ -125,15 +129,26 @@ def _tune(path: Path, verify: bool = True) -> None:
     # Tuning runs the engine, so it belongs to the run time, which nothing else here needs.
     from smc_engines.config import ExecutorConfig  # noqa: PLC0415
     from smc_engines.engine import Engine  # noqa: PLC0415
+    from smc_engines.parallel import lockstep  # noqa: PLC0415
+    from smc_engines.parallel.connect import launched_rank  # noqa: PLC0415
+    from smc_engines.parallel.launch import follow_rank_0, start_ranks  # noqa: PLC0415
 
     if not torch.cuda.is_available():
         raise ConfigError(f"--tune {path} needs a CUDA GPU, torch sees none here: run it on the GPU machine")
     from smc_engines.tuning import tune_engine  # noqa: PLC0415 - importing it needs triton
 
-    started, manifest = time.perf_counter(), load_manifest(path, verify=verify)
+    started = time.perf_counter()
+    start_ranks(load_manifest(path, verify=False).tp, "smc_build.cli", ["--tune", str(path)])
+    config = ExecutorConfig(device="cuda", regions="torch", verify=False)
+    if launched_rank():
+        if follow_rank_0(lambda: Engine.from_dir(path, config), "smc-build"):
+            raise SmcError(f"rank {launched_rank()} could not tune, expected it to follow rank 0: see the messages above")
+        return
+    manifest = load_manifest(path, verify=verify)
     print(f"tuning {path} on {torch.cuda.get_device_name()}", flush=True)
-    engine = Engine.from_dir(path, ExecutorConfig(device="cuda", regions="torch", verify=False))
-    tactics = tune_engine(engine, say=lambda line: print(f"  {line}", flush=True))
+    with contextlib.closing(Engine.from_dir(path, config)) as engine:
+        lockstep.announce(engine.ranks, tune_engine, None, lockstep.silent)
+        tactics = tune_engine(engine, say=lambda line: print(f"  {line}", flush=True))
     write_manifest(path, replace(manifest, tactics=tactics))
     print(f"tuned in {time.perf_counter() - started:.1f} s; smc-build --inspect {path} shows the result", flush=True)
 
