@@ -28,10 +28,20 @@ from tests.toy import assert_empty, info_of
 
 
 def answer(
-    path: str, prompts: Sequence[Sequence[int]], params: Sequence[dict[str, Any]], device: str = "cpu"
+    path: str,
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[dict[str, Any]],
+    device: str = "cpu",
+    spoil_draft_of: int | None = None,
 ) -> list[dict[str, Any]] | None:
-    """What an engine says to each prompt with each of the parameters; None on the ranks that follow."""
+    """What an engine says to each prompt with each of the parameters; None on the ranks that follow.
+
+    Args:
+        spoil_draft_of: a rank whose draft is changed in its memory.
+    """
     engine = Engine.from_dir(Path(path), ExecutorConfig(device=device, verify=False, num_pages=400))
+    if engine.rank == spoil_draft_of and engine.draft is not None:
+        engine.draft.weights["lm_head"].neg_()
     if engine.rank > 0:
         follow(engine)
         return None
