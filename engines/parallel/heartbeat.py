@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -58,6 +57,12 @@ class Heartbeat:
                 line.close()
 
     def _run(self) -> None:
+        try:
+            self._watch_over()
+        except Exception as error:  # a watch that has ended must not look like one that sees nothing
+            self._end(f"the watch over the ranks failed ({type(error).__name__}: {error}), expected it to go on")
+
+    def _watch_over(self) -> None:
         heard = dict.fromkeys(self._lines, time.monotonic())
         while not self._closing:
             self._send()
@@ -94,7 +99,8 @@ class Heartbeat:
     def _end(self, reason: str) -> None:
         if self._closing:
             return
-        print(f"rank {self._rank}: {reason}; this rank ends too", file=sys.stderr, flush=True)
+        # Not print: the main thread may hang within it, holding its lock.
+        os.write(2, f"rank {self._rank}: {reason}; this rank ends too\n".encode())
         os._exit(1)
 
 

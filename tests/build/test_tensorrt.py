@@ -19,6 +19,7 @@ from smc_build.network import RegionSpec, TensorSpec, region_specs
 from smc_build.plan import row_buckets
 from smc_build.plans import build_network, build_plan, build_plans, static_shape, used_regions
 from smc_build.presets import PRESETS
+from smc_build.sharding import rank_config
 from smc_build.tensorrt_api import TensorrtApi, find, load
 from smc_build.torch_ops import TorchOps
 from smc_plugin.errors import ConfigError, EngineDirError, SmcError
@@ -78,6 +79,31 @@ def test_every_region_compiles_with_the_spec_as_its_interface(
     assert (plan.region, plan.rows) == (region, 16)
     # Shapes are static and weights are inputs: the plan holds kernels, not a byte of a weight.
     assert all(name.encode() in plan.data for name, _, _ in expected)
+
+
+@pytest.mark.parametrize("region", ["attn_out", "feed_forward", "next_qkv", "final", "head"])
+def test_a_ranks_regions_compile_and_mean_what_torch_computes(
+    api: TensorrtApi, configs: dict[str, ModelConfig], region: str
+) -> None:
+    own = rank_config(configs["qwen2"], 2)
+    spec = region_specs(own, "bfloat16")[region]
+    recorded, inputs = build_network(api, spec, 16), random_inputs(spec, 16)
+    ours = interpret(api.trt, recorded.network, recorded.ops.constants, inputs)
+    for name, tensor in spec.build(TorchOps(), inputs).items():
+        assert (ours[f"{name}_out"].float() - tensor.float()).abs().max() < 2e-2 * tensor.float().abs().max()
+    plan = build_plan(api, spec, 16)
+    assert all(tensor.name.encode() in plan.data for tensor in (*spec.inputs, *spec.outputs))
+
+
+def test_an_engine_of_two_ranks_holds_one_set_of_plans(api: TensorrtApi, tmp_path: Path) -> None:
+    """Every rank has the same shapes, so all of them run the same plans."""
+    model = make_checkpoint(tmp_path / "t", "llama", tokenizer=False)
+    command = ["--checkpoint", str(model), "--draft", str(model), "--tp", "2", "--draft-tp", "1", "--dtype", "bfloat16"]
+    command += ["--particles", "2", "--draft-tokens", "1", "--groups", "1", "--compiler", "tensorrt-rtx", "--no-tune"]
+    assert main([*command, "--output", str(tmp_path / "e")]) == 0
+    files = load_manifest(tmp_path / "e").plans["files"]
+    assert list(files["target"]) == ["entry", "attn_out", "feed_forward", "next_qkv", "final", "head"]
+    assert list(files["draft"]) == ["entry", "block", "exit", "head"]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
