@@ -248,7 +248,8 @@ def _plan_manifest(plan: BuildPlan) -> dict[str, Any]:
     if api is None:
         return {}
     tables = {
-        role: plan_table(role, rank_config(model.config, plan.ranks(role)), plan.row_buckets) for role, model in _roles(plan)
+        role: plan_table(role, rank_config(model.config, plan.ranks(role)), plan.row_buckets)
+        for role, model in _roles(plan)
     }
     return {"compiler": api.compiler, "version": api.version, "gpu": api.target(), "files": tables}
 

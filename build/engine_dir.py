@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 
 from smc_build.dtypes import torch_dtype
 from smc_build.model_config import ModelConfig
-from smc_build.sharding import bind_head, rank_config
 from smc_build.shard_file import FileEntry, hash_file
+from smc_build.sharding import bind_head, rank_config
 from smc_build.weights import weight_shapes
 from smc_plugin.errors import EngineDirError
 
@@ -61,10 +61,10 @@ class ModelEntry:
 class Manifest:
     """Everything a run time must know about an engine directory besides the tensors.
 
-    tp is the number of ranks; max_particles, max_draft_tokens and max_groups bound what requests may ask (N, K, requests at once); max_seq_len and
-    page_size count tokens; row_buckets are the row counts that regions are prepared for. plans is empty with the torch
-    back end, else it holds compiler, version, gpu and files (role to region to rows to path). tactics stays empty until
-    regions are timed. files maps relative paths to sizes and hashes.
+    tp is the number of ranks; max_particles, max_draft_tokens and max_groups bound what requests may ask (N, K, requests
+    at once); max_seq_len and page_size count tokens; row_buckets are the row counts that regions are prepared for. plans is
+    empty with the torch back end, else it holds compiler, version, gpu and files (role to region to rows to path). tactics
+    stays empty until regions are timed. files maps relative paths to sizes and hashes.
     """
 
     name: str

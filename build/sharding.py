@@ -147,22 +147,25 @@ def shard(name: str, tensor: torch.Tensor, config: ModelConfig, tp: int, rank: i
     if tp == 1:
         return tensor
     own, last = rank_config(config, tp), name.rpartition(".")[2]
-    if last == "embed":
-        return _padded(tensor, 0, 0, own.embedding_rows)
-    if last == "lm_head":
-        return _padded(tensor, 0, rank * own.vocab_size, own.vocab_size)
-    if last in ("qkv", "qkv_bias"):
-        heads, widths = rank_heads(config, tp, rank), (config.q_size, config.kv_size, config.kv_size)
-        parts = zip(tensor.split(widths, dim=-1), (heads.query, heads.kv, heads.kv), strict=True)
-        return torch.cat([_take_heads(part, -1, index, config.head_dim) for part, index in parts], dim=-1)
-    if last == "o":
-        return _take_heads(tensor, 0, rank_heads(config, tp, rank).query, config.head_dim)
+    # where a rank's share is a stretch of one axis: axis, first entry, entries
+    stretches = {
+        "embed": (0, 0, own.embedding_rows),
+        "lm_head": (0, rank * own.vocab_size, own.vocab_size),
+        "down": (0, rank * own.ffn_size, own.ffn_size),
+    }
+    if last in stretches:
+        return _padded(tensor, *stretches[last])
     if last == "gate_up":
         halves = tensor.split(config.ffn_size, dim=-1)
         return torch.cat([_padded(half, -1, rank * own.ffn_size, own.ffn_size) for half in halves], dim=-1)
-    if last == "down":
-        return _padded(tensor, 0, rank * own.ffn_size, own.ffn_size)
-    return tensor
+    heads = rank_heads(config, tp, rank)
+    if last in ("qkv", "qkv_bias"):
+        parts = tensor.split((config.q_size, config.kv_size, config.kv_size), dim=-1)
+        indices = (heads.query, heads.kv, heads.kv)
+        return torch.cat(
+            [_take_heads(part, -1, index, config.head_dim) for part, index in zip(parts, indices, strict=True)], dim=-1
+        )
+    return _take_heads(tensor, 0, heads.query, config.head_dim) if last == "o" else tensor
 
 
 def shards(

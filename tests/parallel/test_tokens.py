@@ -57,7 +57,8 @@ def test_ranks_say_what_one_says(
 @pytest.mark.parametrize("tp", [2, 4])
 def test_a_real_pair_of_nine_heads(tp: int, tmp_path: Path) -> None:
     """SmolLM2 has 9 heads and 3 KV heads: 12 and 4 with the zero ones."""
-    params = [{**SHARED, "num_particles": 2, "num_draft_tokens": 2, "max_tokens": 7, "mode": mode} for mode in ("smc", "target", "speculative")]  # fmt: skip
+    few = {**SHARED, "num_particles": 2, "num_draft_tokens": 2, "max_tokens": 7}
+    params = [{**few, "mode": mode} for mode in ("smc", "target", "speculative")]
     prompt = [[504, 3575, 282, 4649, 314]]  # The capital of France is
     answers = {}
     for ranks in (1, tp):
