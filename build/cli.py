@@ -143,11 +143,13 @@ def _tune(path: Path, verify: bool = True) -> None:
     from smc_engines.tuning import tune_engine  # noqa: PLC0415 - importing it needs triton
 
     started = time.perf_counter()
-    start_ranks(load_manifest(path, verify=False).tp, "smc_build.cli", ["--tune", str(path)])
+    start_ranks(path, "smc_build.cli", ["--tune", str(path)])
     config = ExecutorConfig(device="cuda", regions="torch", verify=False)
     if launched_rank():
         if follow_rank_0(lambda: Engine.from_dir(path, config), "smc-build"):
-            raise SmcError(f"rank {launched_rank()} could not tune, expected it to follow rank 0: see the messages above")
+            raise SmcError(
+                f"rank {launched_rank()} could not tune, expected it to follow rank 0: see the messages above"
+            )
         return
     manifest = load_manifest(path, verify=verify)
     print(f"tuning {path} on {torch.cuda.get_device_name()}", flush=True)

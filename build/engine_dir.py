@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from smc_build.dtypes import torch_dtype
 from smc_build.model_config import ModelConfig
 from smc_build.precision import Precision
-from smc_build.sharding import bind_head, rank_config
 from smc_build.shard_file import FileEntry, hash_file
+from smc_build.sharding import bind_head, rank_config
 from smc_build.weights import weight_shapes
 from smc_plugin.errors import EngineDirError
 

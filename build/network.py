@@ -9,7 +9,7 @@ every layer:
     head:   lm_head                                                               hidden -> logits
 
 A model of L layers runs entry(0), attention(0), block(0), attention(1), ..., block(L-2), attention(L-1), exit, head.
-On a tensor-parallel rank a region also ends at each sum over the ranks, so block and exit fall into their pieces (S is the sum):
+On a tensor-parallel rank a region also ends at each sum over the ranks, so block and exit fall into pieces (S is the sum):
 
     attn_out:     o                                                               attention -> partial
     feed_forward: add, mlp_norm, gate/up, silu*mul, down                          S(partial), residual -> partial, residual

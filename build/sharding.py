@@ -149,22 +149,24 @@ def shard(name: str, tensor: torch.Tensor, config: ModelConfig, tp: int, rank: i
         return tensor
     own, last = rank_config(config, tp), name.rpartition(".")[2]
     columns, inner = (0, 1) if tensor.dtype == torch.float8_e4m3fn else (-1, 0)
-    if last == "embed":
-        return _padded(tensor, 0, 0, own.embedding_rows)
-    if last in ("lm_head", "lm_head_scale"):
-        return _padded(tensor, 0, rank * own.vocab_size, own.vocab_size)
-    if last in ("qkv", "qkv_bias", "qkv_scale"):
-        heads, widths = rank_heads(config, tp, rank), (config.q_size, config.kv_size, config.kv_size)
-        parts = zip(tensor.split(widths, dim=columns), (heads.query, heads.kv, heads.kv), strict=True)
-        return torch.cat([_take_heads(part, columns, index, config.head_dim) for part, index in parts], dim=columns)
-    if last == "o":
-        return _take_heads(tensor, inner, rank_heads(config, tp, rank).query, config.head_dim)
+    # where a rank's share is a stretch of one axis: axis, first entry, entries
+    stretches = {
+        "embed": (0, 0, own.embedding_rows),
+        "lm_head": (0, rank * own.vocab_size, own.vocab_size),
+        "lm_head_scale": (0, rank * own.vocab_size, own.vocab_size),
+        "down": (inner, rank * own.ffn_size, own.ffn_size),
+    }
+    if last in stretches:
+        return _padded(tensor, *stretches[last])
     if last in ("gate_up", "gate_up_scale"):
         halves = tensor.split(config.ffn_size, dim=columns)
         return torch.cat([_padded(half, columns, rank * own.ffn_size, own.ffn_size) for half in halves], dim=columns)
-    if last == "down":
-        return _padded(tensor, inner, rank * own.ffn_size, own.ffn_size)
-    return tensor
+    heads = rank_heads(config, tp, rank)
+    if last in ("qkv", "qkv_bias", "qkv_scale"):
+        parts = tensor.split((config.q_size, config.kv_size, config.kv_size), dim=columns)
+        held = zip(parts, (heads.query, heads.kv, heads.kv), strict=True)
+        return torch.cat([_take_heads(part, columns, index, config.head_dim) for part, index in held], dim=columns)
+    return _take_heads(tensor, inner, heads.query, config.head_dim) if last == "o" else tensor
 
 
 def shards(

@@ -222,4 +222,3 @@ class TrtllmCheckpoint:
 
 def _embedding_axis(stored: dict[str, Any]) -> int | None:
     return stored.get("embedding_sharding_dim", 0) if stored.get("use_parallel_embedding") else None
-

@@ -24,7 +24,7 @@ from typing import Any, get_args
 import torch
 
 from smc_build.builder import BuildOptions
-from smc_build.engine_dir import Role, load_manifest
+from smc_build.engine_dir import Role
 from smc_engines.bench import collectives, plot, profiling, report
 from smc_engines.bench.floor import copy_bandwidth
 from smc_engines.bench.measure import Bench, CaseFailedError, repeat
@@ -131,8 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(given)
     started = time.perf_counter()
     try:
-        tp = args.tp if args.engine is None else load_manifest(args.engine, verify=False).tp
-        start_ranks(tp, "smc_engines.bench_cli", given)
+        start_ranks(args.tp if args.engine is None else Path(args.engine), "smc_engines.bench_cli", given)
         if launched_rank():
             return follow_rank_0(lambda: _load(args)[0], "smc-bench")
         found = run(args, f"smc-bench {shlex.join(given)}")
@@ -215,7 +214,9 @@ class _Session:
                 continue
             engine = self._bench.engine
             rows = [
-                report.make_row(engine, case, own, self._args.temperature, self._copy, collectives.round_us(engine, case))
+                report.make_row(
+                    engine, case, own, self._args.temperature, self._copy, collectives.round_us(engine, case)
+                )
                 for case, own in samples.items()
             ]
             self._found["rows"] += rows
@@ -358,9 +359,9 @@ def _tune(engine: Engine, plan: Plan) -> dict[str, Any]:
         sequences = case.point.batch * case.num_particles
         rows["target"].add(sequences * (case.num_draft_tokens + 1))
         rows["draft"] |= {sequences, 2 * sequences} if case.num_draft_tokens else set()
-    counts = {role: sorted(counts) for role, counts in rows.items()}
-    lockstep.announce(engine.ranks, tune_engine, counts, lockstep.silent)
-    tactics = tune_engine(engine, counts, _say)
+    wanted: dict[Role, list[int]] = {role: sorted(counts) for role, counts in rows.items()}
+    lockstep.announce(engine.ranks, tune_engine, wanted, lockstep.silent)
+    tactics = tune_engine(engine, wanted, _say)
     _say(f"tuned in {time.perf_counter() - started:.1f} s")
     return tactics
 

@@ -228,7 +228,9 @@ def load_plan_regions(
     plans = (
         (region, int(rows), (path / name).read_bytes()) for region in files for rows, name in files[region].items()
     )
-    runner = PlanRegions(api, manifest.model(role).rank_config, weights, plans, scratch, cache_file(path, role, version))
+    runner = PlanRegions(
+        api, manifest.model(role).rank_config, weights, plans, scratch, cache_file(path, role, version)
+    )
     runner.warm_up()
     return runner
 

@@ -25,7 +25,6 @@ from typing import TextIO
 import torch
 from tqdm import tqdm
 
-from smc_build.engine_dir import load_manifest
 from smc_engines.engine import Engine
 from smc_engines.executor import Executor
 from smc_engines.explain import genealogy_text, write_genealogy
@@ -52,11 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         options = parse(argv)
-        tp = load_manifest(options.engine, verify=False).tp
-        start_ranks(tp, "smc_engines.run_cli", sys.argv[1:] if argv is None else argv)
-        if launched_rank():
-            return follow_rank_0(lambda: Engine.from_dir(options.engine, options.executor), "smc-run")
-        return _run(options)
+        start_ranks(options.engine, "smc_engines.run_cli", sys.argv[1:] if argv is None else argv)
+        return _follow(options) if launched_rank() else _run(options)
     except SmcError as error:
         print(f"smc-run: {error}", file=sys.stderr)
         return 1
@@ -73,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nsmc-run: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _follow(options: RunOptions) -> int:
+    """On a rank other than 0."""
+    return follow_rank_0(lambda: Engine.from_dir(options.engine, options.executor), "smc-run")
 
 
 def _run(options: RunOptions) -> int:

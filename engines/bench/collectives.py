@@ -1,7 +1,7 @@
 """What ranks spend in collectives: those of one round, each timed alone in the way that a round runs it.
 
-A pass of a cut model sums over the ranks twice a layer, and each draw or score gathers seven numbers a row. Example: K = 8 with a
-draft of 16 layers and a target of 32, both cut: 8 * 32 + 64 sums and 10 gathers. Mode speculative gathers a few more
+A pass of a cut model sums over the ranks twice a layer, and each draw or score gathers seven numbers a row. Example: K = 8 with
+a draft of 16 layers and a target of 32, both cut: 8 * 32 + 64 sums and 10 gathers. Mode speculative gathers a few more
 numbers a row to compare both models, which are not counted.
 """
 

@@ -189,7 +189,9 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
                 + (f" on each of {row['tp']} ranks" if row["tp"] > 1 else "")
             )
             if row["tp"] > 1:
-                lines.append(f"{'':12} {row['collectives_share']:.1%} of it in collectives ({row['collectives_us']:.0f} us)")
+                lines.append(
+                    f"{'':12} {row['collectives_share']:.1%} of it in collectives ({row['collectives_us']:.0f} us)"
+                )
     base, target = rows.get(("smc", "base", "default")), rows.get(("target", "base", "default"))
     if base and target:
         lines.append(f"smc/target   {base['tokens_per_s'] / target['tokens_per_s']:.2f}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from smc_engines.parallel.heartbeat import deadline
 from smc_plugin.errors import ConfigError, RankError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _PR_SET_PDEATHSIG = 1
+_START_S = 120.0  # for all ranks to start Python and MPI; from then on they watch over each other
 
 
 def launched_rank() -> int | None:
@@ -54,14 +56,15 @@ def connect(tp: int, config: ExecutorConfig) -> Ranks | None:
     try:
         from smc_engines.parallel.mpi import MpiRanks  # noqa: PLC0415
 
-        mpi = MpiRanks()
+        with deadline(launched_rank(), _START_S, "not all ranks started"):
+            mpi = MpiRanks()
+            mpi.start_heartbeat()
     except (ImportError, RuntimeError) as error:
         raise ConfigError(
             f"mpi4py does not start MPI ({error}), expected the extra mpi: pip install 'smc-engine[mpi]'"
         ) from error
     # mpirun may be killed with no time to end its ranks.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    mpi.start_heartbeat()
     devices = mpi.gather_objects(_device_or_reason(config, mpi.local_rank))
     for rank, (kind, reason) in enumerate(devices):
         if kind is None:
@@ -84,6 +87,9 @@ def _device_or_reason(config: ExecutorConfig, local_rank: int) -> tuple[str | No
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if local_rank >= count:
-            return None, f"its host has {count} GPUs, expected one for each of its ranks: use a smaller --tp, or --device cpu"
+            return (
+                None,
+                f"its host has {count} GPUs, expected one for each of its ranks: use a smaller --tp, or --device cpu",
+            )
         torch.cuda.set_device(local_rank)
     return device.type, ""

@@ -13,13 +13,33 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any
 
 SILENCE_S = 5.0
 _BEAT_S = 0.5
 _BEAT, _GOODBYE = b"beat", b"goodbye"
+
+
+@contextmanager
+def deadline(rank: int | None, limit_s: float, what: str) -> Iterator[None]:
+    """End the process if what is inside takes longer: it waits for ranks, at a time when no heartbeat watches."""
+    reason = f"{what} within {limit_s:g} s, expected all of them to: see their messages"
+    timer = threading.Timer(limit_s, _end_process, (rank, reason))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _end_process(rank: int | None, reason: str) -> None:
+    # Not print: the main thread may hang within it, holding its lock.
+    os.write(2, f"rank {rank}: {reason}; this rank ends too\n".encode())
+    os._exit(1)
 
 
 class Heartbeat:
@@ -71,7 +91,9 @@ class Heartbeat:
             now = time.monotonic()
             for line, when in heard.items():
                 if now - when > SILENCE_S:
-                    self._end(f"rank {self._lines[line]} has been silent for {SILENCE_S:g} s, expected a beat: it hangs")
+                    self._end(
+                        f"rank {self._lines[line]} has been silent for {SILENCE_S:g} s, expected a beat: it hangs"
+                    )
             limit = self._limit
             if limit is not None and now > limit[0]:
                 self._end(f"a step has taken more than {limit[1]:g} s, expected the other ranks to join it: one hangs")
@@ -99,14 +121,10 @@ class Heartbeat:
     def _end(self, reason: str) -> None:
         if self._closing:
             return
-        # Not print: the main thread may hang within it, holding its lock.
-        os.write(2, f"rank {self._rank}: {reason}; this rank ends too\n".encode())
-        os._exit(1)
+        _end_process(self._rank, reason)
 
 
-def _connect(
-    rank: int, size: int, exchange: Callable[[Any], list[Any]], host: str
-) -> dict[Connection, int]:
+def _connect(rank: int, size: int, exchange: Callable[[Any], list[Any]], host: str) -> dict[Connection, int]:
     """A line from rank 0 to each other rank: line to the rank at its end."""
     if rank == 0:
         key = secrets.token_bytes(16)

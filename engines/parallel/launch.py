@@ -2,7 +2,7 @@
 
     smc-run --engine engines/big-tp2 "Hi"   becomes   mpirun -n 2 python -m smc_engines.run_cli --engine engines/big-tp2 "Hi"
 
-Ranks on processors may outnumber cores, and share them: each gets its part of the threads unless OMP_NUM_THREADS says otherwise.
+Ranks on processors may outnumber cores, and share them: each gets a part of the threads unless OMP_NUM_THREADS says otherwise.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from smc_build.engine_dir import load_manifest
 from smc_engines.parallel.connect import launched_rank
 from smc_plugin.errors import ConfigError, SmcError
 
@@ -67,7 +68,7 @@ def follow_rank_0(load: Callable[[], Engine], program: str) -> int:
     Returns:
         the exit status: 0 when rank 0 sent it home; 1 after an error, which rank 0 prints unless it is this rank's own.
     """
-    from smc_engines.parallel.lockstep import follow  # noqa: PLC0415 - which needs all of the run time
+    from smc_engines.parallel.follower import follow  # noqa: PLC0415 - which needs all of the run time
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what an interrupt means
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -84,12 +85,17 @@ def follow_rank_0(load: Callable[[], Engine], program: str) -> int:
     return 0
 
 
-def start_ranks(tp: int, module: str, arguments: Sequence[str]) -> None:
+def start_ranks(engine: Path | int, module: str, arguments: Sequence[str]) -> None:
     """Become mpirun, unless there is one rank only or mpirun has started this process already.
 
+    Args:
+        engine: an engine directory, or the number of ranks.
+        module, arguments: what every rank runs.
     Raises:
         ConfigError: mpirun or mpi4py is missing.
+        EngineDirError: there is no engine directory.
     """
+    tp = engine if isinstance(engine, int) else load_manifest(engine, verify=False).tp
     if tp == 1 or launched_rank() is not None:
         return
     command = rank_command(tp, module, arguments)

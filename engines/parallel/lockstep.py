@@ -1,30 +1,25 @@
 """How the ranks' executors stay together: rank 0 is told what to do, the others are told the same, step by step.
 
-A step is a function of the executor's state and of what came in since the last one, so rank 0 only sends what came in (a prompt's
-token ids, a cancellation); scheduling, pages and rounds then go the same way everywhere. Each plan carries a digest of
+A step is a function of the executor's state and of what came in since the last one, so rank 0 only sends what came in (a
+prompt's token ids, a cancellation); scheduling, pages and rounds then go the same way everywhere. Each plan carries a digest of
 the tokens and ancestors that rank 0 has seen so far: a rank that has seen others says so and ends, before it could
 wait for a collective that nobody else enters. The plan of an idle step is about 100 bytes.
 """
 
 from __future__ import annotations
 
-import gc
 import zlib
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from smc_engines.config import ExecutorConfig
 from smc_engines.parallel.ranks import Ranks
 from smc_engines.sampling_params import SamplingParams
 from smc_plugin.errors import RankError
-
-if TYPE_CHECKING:
-    from smc_engines.engine import Engine
 
 _STEP_TIMEOUT_S = {"cpu": 60.0, "cuda": 8.0}
 _PATIENCE_S = 900.0  # shapes that were not seen before may have kernels to compile and graphs to capture
@@ -149,49 +144,14 @@ class Lockstep:
             )
 
 
-def follow(engine: Engine) -> None:
-    """On a rank other than 0: do as rank 0 does until it leaves.
-
-    Raises:
-        RankError: the ranks have diverged.
-    """
-    from smc_engines.executor import Executor  # noqa: PLC0415 - which has a part in the agreement itself
-
-    ranks = engine.ranks
-    assert ranks is not None
-    executor: Executor | None = None
-    while True:
-        match ranks.receive_plan():
-            case Leave():
-                engine.close()
-                return
-            case Renew():
-                executor = None
-                _forget(engine)
-                executor = Executor(engine)
-            case Call(function, args):
-                function(engine, *args)
-            case Step() as plan:
-                assert executor is not None
-                executor.follow(plan)
-
-
 def announce(ranks: Ranks | None, function: Callable[..., Any], *args: Any) -> None:
-    """On rank 0, between steps: the others call this function now, with their engine and these arguments; so must the caller."""
+    """On rank 0, between steps: the others call this function with their engine and these arguments; so must the caller."""
     if ranks is not None and ranks.rank == 0:
         ranks.send_plan(Call(function, args))
 
 
 def silent(_line: str) -> None:
     """Say nothing: what a rank that follows does with lines of progress."""
-
-
-def _forget(engine: Engine) -> None:
-    """Give back what a dropped executor held; a round of it may still run."""
-    if engine.device.type == "cuda":
-        torch.cuda.synchronize()
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def leave(ranks: Ranks) -> None:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smc_engines.parallel.heartbeat import Heartbeat
+from smc_engines.parallel.heartbeat import Heartbeat, deadline
 
 _PLAN_TAG = 7
+_LEAVE_S = 8.0
 _YIELDS = 20  # then the wait sleeps: who sleeps is woken sooner than who yields when other programs are busy
 _SHORT_NAP_S, _NAP_S = 0.00005, 0.0005
 _SPIN_S = 0.002  # plans usually follow one another at once
@@ -105,12 +106,15 @@ class MpiRanks:
 
     def close(self) -> None:
         """See Ranks."""
-        for request in self._sent:
-            request.Wait()
-        self._sent.clear()
-        if self._heartbeat is not None:
-            self._heartbeat.close()
-        self._world.Free()
+        with deadline(self.rank, _LEAVE_S, "not all ranks left"):
+            for request in self._sent:
+                while not request.Test():
+                    time.sleep(_SHORT_NAP_S)
+            self._sent.clear()
+            self.gather_objects(None)
+            if self._heartbeat is not None:
+                self._heartbeat.close()
+            self._world.Free()
 
 
 def _bytes(x: Tensor) -> Any:

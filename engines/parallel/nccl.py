@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 
 from smc_engines.parallel.mpi import MpiRanks
 from smc_plugin.kernels.timing import graph_times_us
@@ -40,7 +41,7 @@ class NcclRanks:
         self.rank, self.size = mpi.rank, mpi.size
         self._device = torch.device("cuda", torch.cuda.current_device())
         host, port = self._open_store()
-        store = self._store if mpi.rank == 0 else dist.TCPStore(host, port, mpi.size, is_master=False)
+        store = self._store if mpi.rank == 0 else TCPStore(host, port, mpi.size, is_master=False)
         dist.init_process_group("nccl", store=store, rank=mpi.rank, world_size=mpi.size, device_id=self._device)
         self._buffers: dict[torch.dtype, Tensor] = {}
         self._slots: dict[int, Tensor] = {}
@@ -53,7 +54,7 @@ class NcclRanks:
     def _open_store(self) -> tuple[str, int]:
         """Rank 0 opens the store through which NCCL's id travels; everybody learns where it is."""
         host = "127.0.0.1" if self._mpi.one_host else self._mpi.host
-        self._store = dist.TCPStore(host, 0, self.size, is_master=True, wait_for_workers=False) if self.rank == 0 else None
+        self._store = TCPStore(host, 0, self.size, is_master=True, wait_for_workers=False) if self.rank == 0 else None
         return self._mpi.gather_objects((host, self._store.port if self._store is not None else 0))[0]
 
     def _share_buffers(self) -> bool:

@@ -86,15 +86,11 @@ def _fold_kernel(
     valid = split < num_splits
     part = parts + (row * num_splits + split) * NUM_PARTS
     out = stats + row * NUM_STATS
-    top, total = _fold(
-        tl.load(part, mask=valid, other=float("-inf")), tl.load(part + 1, mask=valid, other=0.0)
-    )  # pyright: ignore
+    top, total = _fold(tl.load(part, mask=valid, other=float("-inf")), tl.load(part + 1, mask=valid, other=0.0))  # pyright: ignore
     tl.store(out + _TOP, top)
     tl.store(out + _TOTAL, total)
     if POWERED:
-        top, total = _fold(
-            tl.load(part + 2, mask=valid, other=float("-inf")), tl.load(part + 3, mask=valid, other=0.0)
-        )  # pyright: ignore
+        top, total = _fold(tl.load(part + 2, mask=valid, other=float("-inf")), tl.load(part + 3, mask=valid, other=0.0))  # pyright: ignore
     tl.store(out + _POWERED_TOP, top)
     tl.store(out + _POWERED_TOTAL, total)
     place = tl.full([], -1, tl.int64)

@@ -21,7 +21,7 @@ from smc_plugin.reference.random import exponential
 from smc_plugin.reference.sampling import NEG_INF, Sampled, scale
 
 Gather = Callable[[Tensor], Tensor]
-Names = tuple[Tensor, Tensor, Tensor, Tensor]
+Names = tuple[Tensor, ...]  # seed, step, lane, purpose
 # Columns of the statistics. Token numbers are exact in float32 below 2^24.
 TOP, TOTAL, POWERED_TOP, POWERED_TOTAL, RACE, TOKEN, CHOSEN = range(7)
 NUM_STATS = 7
@@ -58,7 +58,8 @@ def shard_stats(
     stats[:, TOP], stats[:, TOTAL] = _top_and_total(scaled)
     stats[:, POWERED_TOP], stats[:, POWERED_TOTAL] = _top_and_total(powered)
     if names is not None:
-        noise = exponential(*names, scaled.shape[-1], first_token)
+        seed, step, lane, purpose = names
+        noise = exponential(seed, step, lane, purpose, scaled.shape[-1], first_token)
         race = powered - noise.log_()
         # A NaN never wins, so that some valid token does.
         stats[:, RACE], place = torch.where(race.isnan(), NEG_INF, race).max(dim=-1)
@@ -123,7 +124,9 @@ def softmax(scaled: Tensor, gather: Gather) -> Tensor:
     return mass / gather(mass.sum(dim=-1)).sum(dim=0)[..., None]
 
 
-def systematic_tokens(scaled: Tensor, u: Tensor, num_particles: int, first_token: int, rank: int, gather: Gather) -> Tensor:
+def systematic_tokens(
+    scaled: Tensor, u: Tensor, num_particles: int, first_token: int, rank: int, gather: Gather
+) -> Tensor:
     """Each particle's own first token by one systematic draw over the group (see sampling.systematic_tokens).
 
     The token at a quantile is the number of entries of the CDF up to it, so the ranks only count and add.
@@ -144,13 +147,11 @@ def systematic_tokens(scaled: Tensor, u: Tensor, num_particles: int, first_token
     return torch.minimum(counts, possible[:, None])
 
 
-def apply_filters(
-    scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, rank: int, gather: Gather
-) -> Tensor:
+def apply_filters(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, rank: int, gather: Gather) -> Tensor:
     """Remove unlikely tokens: top-k, then top-p, then min-p (see sampling.apply_filters), exactly as one rank would.
 
-    Each filter keeps a leading part of the tokens in order of logit and number, that is, all above a threshold and some of those
-    equal to it. The threshold is searched 8 bits at a time from the top, the ranks adding 256 counts or masses a row.
+    Each filter keeps a leading part of the tokens in order of logit and number, that is, all above a threshold and some of
+    those equal to it. The threshold is searched 8 bits at a time from the top, the ranks adding 256 counts or masses a row.
 
     Args:
         scaled: [R, W] float32, the rank's columns.

@@ -22,7 +22,7 @@ from smc_engines.executor import Executor
 from smc_engines.launch import capture
 from smc_engines.outputs import RequestOutput
 from smc_engines.parallel.connect import connect, launched_rank
-from smc_engines.parallel.lockstep import follow
+from smc_engines.parallel.follower import follow
 from smc_engines.parallel.nccl import NcclRanks
 from smc_engines.sampling_params import SamplingParams
 from tests.gpu.helpers import relative_error

@@ -22,7 +22,7 @@ import torch
 from smc_engines.config import ExecutorConfig
 from smc_engines.engine import Engine
 from smc_engines.executor import Executor
-from smc_engines.parallel.lockstep import follow
+from smc_engines.parallel.follower import follow
 from smc_engines.sampling_params import SamplingParams
 from tests.toy import assert_empty, info_of
 
@@ -39,7 +39,7 @@ def answer(
     Args:
         spoil_draft_of: a rank whose draft is changed in its memory.
     """
-    engine = Engine.from_dir(Path(path), ExecutorConfig(device=device, verify=False, num_pages=400))
+    engine = Engine.from_dir(Path(path), ExecutorConfig(device=device, verify=False, num_pages=600))
     if engine.rank == spoil_draft_of and engine.draft is not None:
         engine.draft.weights["lm_head"].neg_()
     if engine.rank > 0:

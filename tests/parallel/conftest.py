@@ -18,6 +18,7 @@ from smc_plugin.errors import ConfigError
 from tests.tiny_models import make_checkpoint
 
 JOB_S = 240
+MAX_SEQ_LEN = 8000  # answers so long that a test always comes before their end
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"heads": 6, "kv_heads": 3, "hidden": 96, "ffn": 72},  # zero heads, zero ffn columns
@@ -45,8 +46,9 @@ def engine_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if key not in built:
             target, draft = root / f"{family}-target", root / f"{family}-draft"
             if not target.exists():
-                make_checkpoint(target, family, layers=3, seed=1, scale=1.5, **FAMILIES[family])
-                make_checkpoint(draft, family, layers=1, seed=2, scale=1.5, **FAMILIES[family])
+                shared = {"scale": 1.5, "max_position": MAX_SEQ_LEN, **FAMILIES[family]}
+                make_checkpoint(target, family, layers=3, seed=1, **shared)
+                make_checkpoint(draft, family, layers=1, seed=2, **shared)
             options = BuildOptions(
                 str(target),
                 draft=str(draft),
@@ -55,7 +57,7 @@ def engine_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 compiler="torch",
                 particles=4,
                 draft_tokens=4,
-                max_seq_len=400,
+                max_seq_len=MAX_SEQ_LEN,
                 output=root / str(len(built)),
                 **{"dtype": "float32", **types},
             )
@@ -70,9 +72,7 @@ def run_job(tp: int, spec: dict[str, Any], folder: Path) -> list[list[dict[str, 
     given, out = folder / "spec.json", folder / "out.json"
     given.write_text(json.dumps(spec))
     command = rank_command(tp, "tests.parallel.answers", [str(given), str(out)])
-    done = subprocess.run(
-        command, env=environment(tp), capture_output=True, text=True, timeout=JOB_S, check=False
-    )
+    done = subprocess.run(command, env=environment(tp), capture_output=True, text=True, timeout=JOB_S, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return json.loads(out.read_text())
 

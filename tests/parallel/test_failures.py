@@ -24,7 +24,7 @@ def running(engine: Path, folder: Path, tp: int = 2) -> Iterator[tuple[subproces
     """smc-run in the middle of a long answer: its process, its ranks, and the file of its messages."""
     out, log = folder / "answer.txt", folder / "messages.txt"
     command = [sys.executable, "-m", "smc_engines.run_cli", "--engine", str(engine), "--n", "1", "--ignore-eos"]
-    command += ["--max-tokens", "390", "--no-verify", "hi"]
+    command += ["--max-tokens", "7900", "--no-verify", "hi"]
     with out.open("wb") as answer, log.open("wb") as messages:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=answer, stderr=messages, env=environment(tp)
@@ -70,7 +70,13 @@ def test_a_rank_that_cannot_start_says_why(engine_of: Callable[..., Path], tmp_p
         file.write(b"\xff" * 8)
     command = [sys.executable, "-m", "smc_engines.run_cli", "--engine", str(engine), "--no-verify", "--quiet", "hi"]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=environment(2), timeout=START_S, check=False, stdin=subprocess.DEVNULL
+        command,
+        capture_output=True,
+        text=True,
+        env=environment(2),
+        timeout=START_S,
+        check=False,
+        stdin=subprocess.DEVNULL,
     )
     assert done.returncode != 0
     assert "smc-run: rank 1 failed to load the target: cannot read target/weights/rank1.safetensors" in done.stderr

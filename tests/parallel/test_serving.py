@@ -26,7 +26,7 @@ def test_a_lost_rank_is_an_error_and_a_restart(engine_of: Callable[..., Path], t
 
     def stream() -> None:
         try:
-            list(service.stream("smc", {**STREAMING, "max_tokens": 380}, timeout_s=120))
+            list(service.stream("smc", {**STREAMING, "max_tokens": 7900}, timeout_s=120))
             ends.append("whole")
         except ServingError as error:
             ends.append(error.status)
@@ -46,7 +46,9 @@ def test_a_lost_rank_is_an_error_and_a_restart(engine_of: Callable[..., Path], t
         assert sorted(again) == [0, 1]
         state = service.state
         assert service.stop() == 0
-        wait_until(lambda: not any(is_alive(pid) for pid in [*ranks.values(), *again.values()]), 5, "all ranks are gone")
+        wait_until(
+            lambda: not any(is_alive(pid) for pid in [*ranks.values(), *again.values()]), 5, "all ranks are gone"
+        )
         assert service.leftovers(state) == []
     finally:
         if service.process.poll() is None:

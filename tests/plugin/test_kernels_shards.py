@@ -1,5 +1,7 @@
 """The kernels of a tensor-parallel rank against their references, under the interpreter."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -30,12 +32,13 @@ def test_statistics_are_the_references(rank: int) -> None:
     alpha = torch.tensor([1.0, 4.0, 0.5, 1.0, 2.0, 1.0])
     rows = torch.tensor([3, 0, 2, 2, 5, 1])
     tokens = torch.tensor([-1, 0, WIDTH - 1, WIDTH, 2 * WIDTH - 1, 700])
-    for options in (
+    cases: tuple[dict[str, Any], ...] = (
         {"names": names(6)},
         {"names": names(6), "alpha": alpha, "rows": rows},
         {"tokens": tokens},
         {"tokens": tokens, "alpha": alpha},
-    ):
+    )
+    for options in cases:
         for heat in (temperature, None):
             ours = kernels.shard_stats(values, heat, rank * WIDTH, **options)
             theirs = shards.shard_stats(values, heat, rank * WIDTH, **options)
