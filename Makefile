@@ -67,11 +67,11 @@ endif
 	@$(PIP) --no-deps -e .
 	@touch $@
 
-$(VENV)/.dev-installed: $(VENV)/.serve-installed requirements/dev.txt requirements/fp8.txt requirements/tensorrt.txt \
-		requirements/serve-test.txt
+$(VENV)/.dev-installed: $(VENV)/.serve-installed requirements/dev.txt requirements/fp8.txt requirements/mpi.txt \
+		requirements/tensorrt.txt requirements/serve-test.txt
 	@echo "adding what tests and lint need"
 	@$(PIP) -r requirements/torch.txt -r requirements/runtime.txt -r requirements/serve.txt -r requirements/serve-test.txt \
-		-r requirements/fp8.txt -r requirements/dev.txt
+		-r requirements/fp8.txt -r requirements/mpi.txt -r requirements/dev.txt
 	@$(PIP) --no-deps -r requirements/tensorrt.txt
 	@touch $@
 

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -24,7 +24,6 @@ import safetensors
 import torch
 
 from smc_build.atomic_dir import assembled, check_output, remove_leftovers
-from smc_build.checkpoint import Checkpoint, weight_files
 from smc_build.engine_dir import (
     TOKENIZER_FOLDER,
     Manifest,
@@ -33,20 +32,24 @@ from smc_build.engine_dir import (
     weight_file,
     write_manifest,
 )
+from smc_build.formats import OpenCheckpoint, open_checkpoint, weight_files
 from smc_build.plan import BuildOptions, BuildPlan, check_buildable, make_plan, needs_quantizing, with_own_head
 from smc_build.plans import build_plans, plan_file, plan_table
 from smc_build.presets import ModelSource, fetch
 from smc_build.quantize import Calibration, quantize
-from smc_build.shard_file import FileEntry, hash_file, write_shard
+from smc_build.shard_file import FileEntry, hash_file, open_shard
+from smc_build.sharding import bind_head, shard, shards
 from smc_build.tensorrt_api import find
 from smc_build.tokenizer_files import check_fits_vocabulary, check_same_tokenizer, copy_tokenizer
+from smc_build.trtllm_checkpoint import TrtllmCheckpoint
 from smc_build.weights import random_weights, weight_bytes, weight_shapes
-from smc_plugin.errors import CheckpointError
+from smc_plugin.errors import CheckpointError, ConfigError
 
 __all__ = ["BuildOptions", "Progress", "Quiet", "WeightSource", "build_engine", "random_engine"]
 
 QUANTIZED_FOLDER = ".fp8"  # inside a build's temporary folder
-WeightSource = Callable[[Role, torch.device], dict[str, torch.Tensor]]
+# a model's weights of one rank, on a device
+WeightSource = Callable[[Role, torch.device, int], dict[str, torch.Tensor]]
 
 
 class Progress(Protocol):
@@ -137,14 +140,16 @@ def random_engine(options: BuildOptions) -> tuple[Manifest, WeightSource]:
     Args:
         options: what would be built; random_weights is implied.
     Returns:
-        the manifest, which names no files, and a function that makes a model's canonical weights on a device.
+        the manifest, which names no files, and a function that makes a rank's canonical weights of a model on a device.
+        They are cut from the tensors of one rank, one at a time, so the answers do not depend on the number of ranks.
     """
     plan = make_plan(replace(options, random_weights=True))
     entries = {role: _entry(plan, role, model, _source_hash(model, plan.options, role)) for role, model in plan.roles}
 
-    def weights(role: Role, device: torch.device) -> dict[str, torch.Tensor]:
+    def weights(role: Role, device: torch.device, rank: int) -> dict[str, torch.Tensor]:
         entry = entries[role]
-        return dict(random_weights(entry.config, entry.precision, _seed(plan.options, role), device))
+        whole = random_weights(entry.config, entry.precision, _seed(plan.options, role), device)
+        return bind_head(dict(shards(whole, entry.config, entry.tp, rank)), entry.rank_config, rank)
 
     return _manifest(plan, entries["target"], entries.get("draft"), {}), weights
 
@@ -175,14 +180,14 @@ def _check_tokenizers(plan: BuildPlan) -> None:
 
 
 @contextmanager
-def _open_checkpoints(plan: BuildPlan) -> Iterator[dict[Role, Checkpoint]]:
+def _open_checkpoints(plan: BuildPlan) -> Iterator[dict[Role, OpenCheckpoint]]:
     """Open every checkpoint, which checks all tensors' names and shapes, before anything is written."""
-    opened: dict[Role, Checkpoint] = {}
+    opened: dict[Role, OpenCheckpoint] = {}
     try:
         if not plan.options.random_weights:
             for role, model in plan.roles:
                 assert model.folder is not None
-                opened[role] = Checkpoint(model.folder)
+                opened[role] = open_checkpoint(model.folder)
         yield opened
     finally:
         for checkpoint in opened.values():
@@ -191,23 +196,28 @@ def _open_checkpoints(plan: BuildPlan) -> Iterator[dict[Role, Checkpoint]]:
 
 @contextmanager
 def _quantized(
-    plan: BuildPlan, checkpoints: dict[Role, Checkpoint], folder: Path, calibration: Calibration, progress: Progress
+    plan: BuildPlan, checkpoints: dict[Role, OpenCheckpoint], folder: Path, calibration: Calibration, progress: Progress
 ) -> Iterator[None]:
     """Put FP8 checkpoints, made for the time of a build, in the place of those that are to be quantized."""
     for role, model in plan.roles:
         if role not in checkpoints or not needs_quantizing(model, plan.precisions[role]):
             continue
+        if isinstance(checkpoints[role], TrtllmCheckpoint):
+            raise ConfigError(
+                f"--dtype fp8 is to quantize the TensorRT-LLM checkpoint {checkpoints[role].folder}, expected a Hugging Face "
+                "folder: start from the one it was converted from, or build it with --dtype bfloat16"
+            )
         progress.quantizing(f"{role} {model.name}")
         quantize(checkpoints[role].folder, folder / role, plan.precisions[role], calibration)
         checkpoints.pop(role).close()
-        checkpoints[role] = Checkpoint(folder / role)
+        checkpoints[role] = open_checkpoint(folder / role)
     try:
         yield
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_engine(plan: BuildPlan, checkpoints: dict[Role, Checkpoint], folder: Path, progress: Progress) -> None:
+def _write_engine(plan: BuildPlan, checkpoints: dict[Role, OpenCheckpoint], folder: Path, progress: Progress) -> None:
     files: dict[str, FileEntry] = {}
     entries: dict[str, ModelEntry | None] = {"target": None, "draft": None}
     # Hashing the sources reads every file once more; it runs beside the writing, in a thread of its own.
@@ -224,11 +234,12 @@ def _write_engine(plan: BuildPlan, checkpoints: dict[Role, Checkpoint], folder: 
 
 
 def _write_model(
-    plan: BuildPlan, role: Role, model: ModelSource, checkpoint: Checkpoint | None, folder: Path, progress: Progress
+    plan: BuildPlan, role: Role, model: ModelSource, checkpoint: OpenCheckpoint | None, folder: Path, progress: Progress
 ) -> dict[str, FileEntry]:
-    precision = plan.precisions[role]
-    name, shapes = weight_file(role, 0), weight_shapes(model.config, precision)
-    (folder / name).parent.mkdir(parents=True)
+    precision, ranks = plan.precisions[role], plan.ranks(role)
+    own = plan.rank_configs[role]
+    names = [weight_file(role, rank) for rank in range(ranks)]
+    (folder / names[0]).parent.mkdir(parents=True)
     config_file = folder / role / "config.json"
     config_file.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
     plans = _write_plans(plan, role, model, folder, progress)
@@ -236,12 +247,18 @@ def _write_model(
         tensors = random_weights(model.config, precision, _seed(plan.options, role))
     else:
         tensors = checkpoint.tensors(precision)
-    progress.start(f"{role} {model.name}", weight_bytes(model.config, precision))
+    progress.start(f"{role} {model.name}", ranks * weight_bytes(own, precision))
     try:
-        entry = write_shard(folder / name, shapes, tensors, precision.dtype_of, progress.advance)
+        with ExitStack() as files:
+            shapes = weight_shapes(own, precision)
+            writers = [files.enter_context(open_shard(folder / name, shapes, precision.dtype_of)) for name in names]
+            for weight, tensor in tensors:
+                for rank, writer in enumerate(writers):
+                    progress.advance(writer.write(weight, shard(weight, tensor, model.config, ranks, rank)))
+            entries = {name: writer.finish() for name, writer in zip(names, writers, strict=True)}
     finally:
         progress.finish()
-    return {name: entry, f"{role}/{config_file.name}": hash_file(config_file), **plans}
+    return {**entries, f"{role}/{config_file.name}": hash_file(config_file), **plans}
 
 
 def _write_plans(
@@ -252,7 +269,7 @@ def _write_plans(
     if api is None:
         return {}
     started, files = time.perf_counter(), {}
-    for compiled in build_plans(api, model.config, plan.precisions[role], plan.row_buckets):
+    for compiled in build_plans(api, plan.rank_configs[role], plan.precisions[role], plan.row_buckets):
         name = plan_file(role, compiled.region, compiled.rows)
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(compiled.data)
@@ -267,7 +284,7 @@ def _plan_manifest(plan: BuildPlan) -> dict[str, Any]:
     api = None if plan.compiler == "torch" else find(plan.compiler)
     if api is None:
         return {}
-    tables = {role: plan_table(role, model.config, plan.row_buckets) for role, model in plan.roles}
+    tables = {role: plan_table(role, config, plan.row_buckets) for role, config in plan.rank_configs.items()}
     return {"compiler": api.compiler, "version": api.version, "gpu": api.target(), "files": tables}
 
 
@@ -308,7 +325,7 @@ def _seed(options: BuildOptions, role: Role) -> int:
 
 
 def _entry(plan: BuildPlan, role: Role, model: ModelSource, source_sha256: str) -> ModelEntry:
-    return ModelEntry(model.config, plan.precisions[role], _source_name(model), source_sha256)
+    return ModelEntry(model.config, plan.precisions[role], _source_name(model), source_sha256, plan.ranks(role))
 
 
 def _source_name(model: ModelSource) -> str:

@@ -10,6 +10,7 @@ line, exit 1.
 """
 
 import argparse
+import contextlib
 import sys
 import time
 from dataclasses import replace
@@ -25,6 +26,7 @@ from smc_build.machine import format_bytes
 from smc_build.plan import DEFAULT_MAX_SEQ_LEN, BuildOptions, BuildPlan, option_defaults
 from smc_build.plan_text import describe, preset_list
 from smc_build.precision import OPTION_DTYPES
+from smc_build.sharding import describe_padding
 from smc_build.tensorrt_api import COMPILERS
 from smc_build.weights import weight_bytes
 from smc_plugin.errors import ConfigError, SmcError
@@ -108,7 +110,10 @@ def _build(arguments: dict[str, object], may_tune: bool) -> None:
         prompt += f" --max-tokens {longest // 2}"
     print(f"Built {path} in {seconds:.1f} s. Next:\n\n    smc-run --engine {path} {prompt}", flush=True)
     if may_tune and torch.cuda.is_available():
-        _tune_built(path)
+        if load_manifest(path, verify=False).tp > 1:
+            print(f"To find the fastest tactics, with a GPU for every rank:\n\n    smc-build --tune {path}", flush=True)
+        else:
+            _tune_built(path)
 
 
 def _tune_built(path: Path) -> None:
@@ -129,15 +134,28 @@ def _tune(path: Path, verify: bool = True) -> None:
     # Tuning runs the engine, so it belongs to the run time, which nothing else here needs.
     from smc_engines.config import ExecutorConfig  # noqa: PLC0415
     from smc_engines.engine import Engine  # noqa: PLC0415
+    from smc_engines.parallel import lockstep  # noqa: PLC0415
+    from smc_engines.parallel.connect import launched_rank  # noqa: PLC0415
+    from smc_engines.parallel.launch import follow_rank_0, start_ranks  # noqa: PLC0415
 
     if not torch.cuda.is_available():
         raise ConfigError(f"--tune {path} needs a CUDA GPU, torch sees none here: run it on the GPU machine")
     from smc_engines.tuning import tune_engine  # noqa: PLC0415 - importing it needs triton
 
-    started, manifest = time.perf_counter(), load_manifest(path, verify=verify)
+    started = time.perf_counter()
+    start_ranks(path, "smc_build.cli", ["--tune", str(path)])
+    config = ExecutorConfig(device="cuda", regions="torch", verify=False)
+    if launched_rank():
+        if follow_rank_0(lambda: Engine.from_dir(path, config), "smc-build"):
+            raise SmcError(
+                f"rank {launched_rank()} could not tune, expected it to follow rank 0: see the messages above"
+            )
+        return
+    manifest = load_manifest(path, verify=verify)
     print(f"tuning {path} on {torch.cuda.get_device_name()}", flush=True)
-    engine = Engine.from_dir(path, ExecutorConfig(device="cuda", regions="torch", verify=False))
-    tactics = tune_engine(engine, say=lambda line: print(f"  {line}", flush=True))
+    with contextlib.closing(Engine.from_dir(path, config)) as engine:
+        lockstep.announce(engine.ranks, tune_engine, None, lockstep.silent)
+        tactics = tune_engine(engine, say=lambda line: print(f"  {line}", flush=True))
     write_manifest(path, replace(manifest, tactics=tactics))
     print(f"tuned in {time.perf_counter() - started:.1f} s; smc-build --inspect {path} shows the result", flush=True)
 
@@ -167,6 +185,13 @@ def _describe_manifest(path: Path, manifest: Manifest) -> str:
             f"{config.kv_bytes_per_token(entry.precision.kv):,} bytes "
             f"per token, source {entry.source_sha256[:12]}"
         )
+        if manifest.tp > 1:
+            own = entry.rank_config
+            text = describe_padding(config, entry.tp) if entry.tp > 1 else "whole"
+            lines.append(
+                f"    on each of {manifest.tp} ranks: {format_bytes(weight_bytes(own, entry.precision))}, KV "
+                f"{own.kv_bytes_per_token(entry.precision.kv):,} bytes per token; {text}"
+            )
     total = sum(entry.bytes for entry in manifest.files.values())
     plans = [name for name in manifest.files if name.endswith(".plan")]
     if plans:
@@ -211,6 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint", str, "target: a Hugging Face folder or a preset")
     add("--draft", str, "draft: a folder, a preset, or 'none' (default: the preset's)")
     add("--tp", int, f"tensor-parallel ranks (default {defaults['tp']})")
+    add("--draft-tp", int, "1 keeps the whole draft on every rank (default: --tp)")
     add("--dtype", str, f"{', '.join(OPTION_DTYPES)} (default: bfloat16 for presets and with a GPU, else float32)")
     add("--draft-dtype", str, "of the draft's matrices, where they differ (default: as --dtype)")
     add("--head-dtype", str, "of the head beside FP8 matrices; fp8 or the activations' type (the default)")

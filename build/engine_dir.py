@@ -26,6 +26,7 @@ from smc_build.dtypes import torch_dtype
 from smc_build.model_config import ModelConfig
 from smc_build.precision import Precision
 from smc_build.shard_file import FileEntry, hash_file
+from smc_build.sharding import bind_head, rank_config
 from smc_build.weights import weight_shapes
 from smc_plugin.errors import EngineDirError
 
@@ -38,22 +39,36 @@ _REBUILD = "rebuild the engine directory with smc-build"
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One model of an engine: its config, its element types, the name it was built from and a SHA-256 over those files."""
+    """One model of an engine.
+
+    Args:
+        config: the whole model.
+        precision: its element types.
+        source: the name it was built from. source_sha256: over the files it was built from.
+        tp: ranks that share it: the engine's, or 1 where each rank holds all of it.
+    """
 
     config: ModelConfig
     precision: Precision
     source: str
     source_sha256: str
+    tp: int = 1
+
+    @property
+    def rank_config(self) -> ModelConfig:
+        """What one rank computes of it."""
+        return rank_config(self.config, self.tp)
 
 
 @dataclass(frozen=True)
 class Manifest:
     """Everything a run time must know about an engine directory besides the tensors.
 
-    dtype is the activations' (of both models); max_particles, max_draft_tokens and max_groups bound what requests may ask
-    (N, K, requests at once); max_seq_len and page_size count tokens; row_buckets are the row counts that regions are
-    prepared for. plans is empty with the torch back end, else it holds compiler, version, gpu and files (role to region to
-    rows to path). tactics stays empty until regions are timed. files maps relative paths to sizes and hashes.
+    dtype is the activations' (of both models); tp is the number of ranks; max_particles, max_draft_tokens and max_groups
+    bound what requests may ask (N, K, requests at once); max_seq_len and page_size count tokens; row_buckets are the row
+    counts that regions are prepared for. plans is empty with the torch back end, else it holds compiler, version, gpu and
+    files (role to region to rows to path). tactics stays empty until regions are timed. files maps relative paths to sizes
+    and hashes.
     """
 
     name: str
@@ -195,16 +210,18 @@ def load_weights(
         device: where the tensors go; on the CPU they are mapped, not read.
         dtype: converts the activations' type when it differs from the engine's; FP8 matrices and scales stay.
     Returns:
-        canonical name to tensor, shaped as `weight_shapes` says.
+        canonical name to tensor, shaped as `weight_shapes` says of the rank's config; a rank of a tied model also gets
+        lm_head, its rows of the embedding.
     Raises:
         EngineDirError: no such model or rank, or the file does not hold the expected tensors.
     """
     path = Path(path)
     manifest = load_manifest(path, verify=False)
     entry = manifest.model(role)
-    shapes = weight_shapes(entry.config, entry.precision)
-    name = weight_file(role, rank)
-    if name not in manifest.files:
+    config = entry.rank_config
+    shapes = weight_shapes(config, entry.precision)
+    name = weight_file(role, rank if entry.tp > 1 else 0)
+    if name not in manifest.files or not 0 <= rank < manifest.tp:
         raise EngineDirError(
             f"{name} is not in the engine directory, expected ranks 0 to {manifest.tp - 1}: correct the rank or rebuild"
         )
@@ -226,7 +243,7 @@ def load_weights(
             raise EngineDirError(
                 f"{name}: tensor {key} has shape {found.get(key)}, expected {shapes.get(key)}: {_REBUILD}"
             )
-    return out
+    return bind_head(out, config, rank)
 
 
 def tokenizer_path(path: Path | str) -> Path | None:

@@ -105,8 +105,18 @@ class ModelConfig:
         attention = self.hidden_size * (self.qkv_size + self.q_size)
         extras = (self.qkv_size if self.qkv_bias else 0) + (2 * self.head_dim if self.qk_norm else 0)
         layer = attention + extras + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_head else 2)
-        return self.num_layers * layer + embeddings + self.hidden_size
+        rows = self.embedding_rows + (0 if self.tied_head else self.vocab_size)
+        return self.num_layers * layer + rows * self.hidden_size + self.hidden_size
+
+    @property
+    def is_shard(self) -> bool:
+        """Whether these are the shapes of one tensor-parallel rank, whose products are parts of sums."""
+        return False
+
+    @property
+    def embedding_rows(self) -> int:
+        """Rows of the embedding."""
+        return self.vocab_size
 
     def weight_bytes(self, dtype: str | torch.dtype) -> int:
         """Bytes of all weights stored as `dtype`."""
@@ -176,9 +186,7 @@ class ModelConfig:
             num_layers=_required(hf, "num_hidden_layers"),
             num_heads=num_heads,
             num_kv_heads=_or_default(hf, "num_key_value_heads", num_heads),
-            head_dim=_or_default(
-                hf, "head_dim", _QWEN3_HEAD_DIM if family == "qwen3" else _default_head_dim(hidden_size, num_heads)
-            ),
+            head_dim=hf.get("head_dim") or _default_head_dim(family, hidden_size, num_heads),
             ffn_size=_required(hf, "intermediate_size"),
             rms_eps=float(_or_default(hf, "rms_norm_eps", 1e-6)),
             rope=_read_rope(hf),
@@ -278,7 +286,9 @@ def _or_default(values: dict[str, Any], key: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def _default_head_dim(hidden_size: int, num_heads: int) -> int:
+def _default_head_dim(family: str, hidden_size: int, num_heads: int) -> int:
+    if family == "qwen3":
+        return _QWEN3_HEAD_DIM
     if hidden_size % num_heads:
         raise CheckpointError(
             f"config.json has no head_dim and hidden_size {hidden_size} does not divide by {num_heads} heads: add "

@@ -9,6 +9,13 @@ every layer:
     head:   lm_head                                                               hidden -> logits
 
 A model of L layers runs entry(0), attention(0), block(0), attention(1), ..., block(L-2), attention(L-1), exit, head.
+On a tensor-parallel rank a region also ends at each sum over the ranks, so block and exit fall into pieces (S is the sum):
+
+    attn_out:     o                                                               attention -> partial
+    feed_forward: add, mlp_norm, gate/up, silu*mul, down                          S(partial), residual -> partial, residual
+    next_qkv:     add, next norm, next qkv                                        S(partial), residual -> qkv, residual
+    final:        add, final norm                                                 S(partial), residual -> hidden
+
 Rope, the q/k norms of Qwen3 and attention belong to the caller: they read and write KV pages. Example: Llama-3.2-1B
 at 16 rows maps x [16, 2048] to qkv [16, 3072]; 15 block calls bind the same spec to other weights (`layer_inputs`).
 """
@@ -24,7 +31,7 @@ from smc_build.precision import SCALES, Precision, as_precision
 from smc_build.weights import head_weight, layer_shapes, weight_shapes
 from smc_plugin.errors import ConfigError
 
-RegionName = Literal["entry", "block", "exit", "head"]
+RegionName = Literal["entry", "block", "exit", "head", "attn_out", "feed_forward", "next_qkv", "final"]
 ROWS = "rows"
 
 
@@ -84,13 +91,14 @@ class RegionSpec:
 
 
 def region_specs(config: ModelConfig, dtype: str | torch.dtype | Precision) -> dict[str, RegionSpec]:
-    """Describe the four regions of a decoder.
+    """Describe the regions of a decoder, or of one rank of it.
 
     Args:
-        config: the decoder.
-        dtype: element type of weights and activations, or one for each; logits are float32.
+        config: the decoder; or a rank's, whose regions end at each sum over the ranks.
+        dtype: element type of weights, activations and partial sums, or one for each; logits are float32.
     Returns:
-        "entry", "block", "exit" and "head" to their specs.
+        names to specs, in the order in which a model runs them: entry, block, exit, head; or entry, attn_out, feed_forward,
+        next_qkv, final, head.
     """
     precision, eps = as_precision(dtype), config.rms_eps
     name = precision.activations
@@ -116,8 +124,31 @@ def region_specs(config: ModelConfig, dtype: str | torch.dtype | Precision) -> d
         else (TensorSpec("lm_head", (config.vocab_size, config.hidden_size), name),)
     )
     logits = rows("logits", config.vocab_size, "float32")
+    entry = RegionSpec("entry", (x, *weights(*attention_in)), (qkv,), lambda ops, t: _entry(ops, t, eps))
+    head = RegionSpec("head", (hidden, *lm_head), (logits,), _head)
+    if config.is_shard:
+        partial, reduced = rows("partial", config.hidden_size), rows("reduced", config.hidden_size)
+        regions = (
+            entry,
+            RegionSpec("attn_out", (attn, *weights("o")), (partial,), _attn_out),
+            RegionSpec(
+                "feed_forward",
+                (reduced, residual, *weights("mlp_norm", "gate_up", "down")),
+                (partial, residual),
+                lambda ops, t: _feed_forward(ops, t, eps),
+            ),
+            RegionSpec(
+                "next_qkv",
+                (reduced, residual, *weights(*attention_in, prefix="next_")),
+                (qkv, residual),
+                lambda ops, t: _next_qkv(ops, t, eps),
+            ),
+            RegionSpec("final", (reduced, residual, final_norm), (hidden,), lambda ops, t: _final(ops, t, eps)),
+            head,
+        )
+        return {region.name: region for region in regions}
     regions = (
-        RegionSpec("entry", (x, *weights(*attention_in)), (qkv,), lambda ops, t: _entry(ops, t, eps)),
+        entry,
         RegionSpec(
             "block",
             (attn, residual, *mlp, *weights(*attention_in, prefix="next_")),
@@ -125,7 +156,7 @@ def region_specs(config: ModelConfig, dtype: str | torch.dtype | Precision) -> d
             lambda ops, t: _block(ops, t, eps),
         ),
         RegionSpec("exit", (attn, residual, *mlp, final_norm), (hidden,), lambda ops, t: _exit(ops, t, eps)),
-        RegionSpec("head", (hidden, *lm_head), (logits,), _head),
+        head,
     )
     return {region.name: region for region in regions}
 
@@ -144,16 +175,16 @@ def layer_inputs(
     """Say which canonical weight each weight input of a region takes.
 
     Args:
-        config: the decoder.
-        region: "entry" (layer 0), "block" (layers 0 to L-2), "exit" (layer L-1) or "head".
-        layer: the layer whose attention precedes the region; needed for "block" only.
+        config: the decoder, or a rank's.
+        region: "entry" (layer 0), "block" (layers 0 to L-2), "exit" (layer L-1) or "head"; of a rank "attn_out" and
+            "feed_forward" (all layers), "next_qkv" (layers 0 to L-2) and "final" (layer L-1).
+        layer: the layer whose attention precedes the region; needed where there are several.
         precision: says which matrices are FP8 and so have scales; None means none.
     Returns:
         region input name to weight name.
     Raises:
         ConfigError: the region is unknown or the layer has no such region.
     """
-    last = config.num_layers - 1
 
     def scaled(*names: str) -> Iterator[str]:
         return iter(names) if precision is None else with_scales(names, precision)
@@ -161,10 +192,11 @@ def layer_inputs(
     attention_in = list(scaled("attn_norm", "qkv", *(("qkv_bias",) if config.qkv_bias else ())))
     if region == "head":
         return {"lm_head": head_weight(config)} if config.tied_head else {name: name for name in scaled("lm_head")}
-    allowed = {"entry": (0, 0), "block": (0, last - 1), "exit": (last, last)}.get(region)
+    allowed = region_layers(config).get(region)
     if allowed is None:
-        raise ConfigError(f"region {region!r} does not exist, expected entry, block, exit or head: correct the name")
-    index = allowed[0] if layer is None and region != "block" else layer
+        names = [*region_layers(config), "head"]
+        raise ConfigError(f"region {region!r} does not exist, expected one of {', '.join(names)}: correct the name")
+    index = allowed[0] if layer is None and not is_repeated(region) else layer
     if index is None or not allowed[0] <= index <= allowed[1]:
         raise ConfigError(
             f"region {region!r} does not exist at layer {layer}, expected a layer from {allowed[0]} to "
@@ -172,10 +204,33 @@ def layer_inputs(
         )
     if region == "entry":
         return {weight: f"layers.{index}.{weight}" for weight in attention_in}
-    bound = {weight: f"layers.{index}.{weight}" for weight in scaled("o", "mlp_norm", "gate_up", "down")}
-    if region == "exit":
-        return {**bound, "final_norm": "final_norm"}
-    return {**bound, **{f"next_{weight}": f"layers.{index + 1}.{weight}" for weight in attention_in}}
+    own = {"attn_out": ("o",), "feed_forward": ("mlp_norm", "gate_up", "down"), "next_qkv": (), "final": ()}
+    names = own.get(region, ("o", "mlp_norm", "gate_up", "down"))
+    bound = {weight: f"layers.{index}.{weight}" for weight in scaled(*names)}
+    if region in ("exit", "final"):
+        bound["final_norm"] = "final_norm"
+    if region in ("block", "next_qkv"):
+        bound |= {f"next_{weight}": f"layers.{index + 1}.{weight}" for weight in attention_in}
+    return bound
+
+
+def region_layers(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """First and last layer of each region that belongs to layers, in order; a range is empty in a model of one layer."""
+    last = config.num_layers - 1
+    if config.is_shard:
+        return {
+            "entry": (0, 0),
+            "attn_out": (0, last),
+            "feed_forward": (0, last),
+            "next_qkv": (0, last - 1),
+            "final": (last, last),
+        }
+    return {"entry": (0, 0), "block": (0, last - 1), "exit": (last, last)}
+
+
+def is_repeated(region: str) -> bool:
+    """Whether a region is run for several layers, so that a layer must be named."""
+    return region not in ("entry", "exit", "final", "head")
 
 
 def _product(ops: Ops, t: dict[str, Any], weight: str, x: Any, bias: Any = None) -> Any:
@@ -190,20 +245,38 @@ def _entry(ops: Ops, t: dict[str, Any], eps: float) -> dict[str, Any]:
     return {"qkv": _product(ops, t, "qkv", normed, t.get("qkv_bias"))}
 
 
-def _feed_forward(ops: Ops, t: dict[str, Any], eps: float) -> Any:
-    residual = ops.add(t["residual"], _product(ops, t, "o", t["attn"]))
+def _attn_out(ops: Ops, t: dict[str, Any]) -> dict[str, Any]:
+    return {"partial": _product(ops, t, "o", t["attn"])}
+
+
+def _feed_forward(ops: Ops, t: dict[str, Any], eps: float) -> dict[str, Any]:
+    residual = ops.add(t["residual"], t["reduced"])
     gate_up = _product(ops, t, "gate_up", ops.rms_norm(residual, t["mlp_norm"], eps))
-    return ops.add(residual, _product(ops, t, "down", ops.silu_mul(gate_up)))
+    return {"partial": _product(ops, t, "down", ops.silu_mul(gate_up)), "residual": residual}
 
 
-def _block(ops: Ops, t: dict[str, Any], eps: float) -> dict[str, Any]:
-    residual = _feed_forward(ops, t, eps)
+def _next_qkv(ops: Ops, t: dict[str, Any], eps: float) -> dict[str, Any]:
+    residual = ops.add(t["residual"], t["reduced"])
     normed = ops.rms_norm(residual, t["next_attn_norm"], eps)
     return {"qkv": _product(ops, t, "next_qkv", normed, t.get("next_qkv_bias")), "residual": residual}
 
 
+def _final(ops: Ops, t: dict[str, Any], eps: float) -> dict[str, Any]:
+    return {"hidden": ops.rms_norm(ops.add(t["residual"], t["reduced"]), t["final_norm"], eps)}
+
+
+def _after_feed_forward(ops: Ops, t: dict[str, Any], eps: float) -> dict[str, Any]:
+    """What the last piece of a block or exit takes: with one rank, a partial sum is the sum."""
+    out = _feed_forward(ops, {**t, "reduced": _attn_out(ops, t)["partial"]}, eps)
+    return {**t, "reduced": out["partial"], "residual": out["residual"]}
+
+
+def _block(ops: Ops, t: dict[str, Any], eps: float) -> dict[str, Any]:
+    return _next_qkv(ops, _after_feed_forward(ops, t, eps), eps)
+
+
 def _exit(ops: Ops, t: dict[str, Any], eps: float) -> dict[str, Any]:
-    return {"hidden": ops.rms_norm(_feed_forward(ops, t, eps), t["final_norm"], eps)}
+    return _final(ops, _after_feed_forward(ops, t, eps), eps)
 
 
 def _head(ops: Ops, t: dict[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,11 @@ from smc_build.checkpoint import largest_tensor_bytes
 from smc_build.dtypes import FP8
 from smc_build.engine_dir import Role
 from smc_build.machine import device_memory, format_bytes, free_disk_bytes, free_memory_bytes, same_disk
+from smc_build.model_config import ModelConfig
 from smc_build.precision import FP8_OPTION, Precision
 from smc_build.precision import resolve as resolve_precisions
 from smc_build.presets import CHECKPOINTS_FOLDER, ModelSource, resolve
+from smc_build.sharding import rank_config
 from smc_build.tensorrt_api import load
 from smc_build.weights import weight_bytes
 from smc_plugin.errors import CheckpointError, ConfigError, SmcError
@@ -35,7 +37,8 @@ _LIMITS = {"particles": (1, 256), "draft_tokens": (0, 64), "groups": (1, 256), "
 class BuildOptions:
     """What a user asks of a build; the defaults of the command line are these.
 
-    checkpoint and draft are folders or preset names; draft None takes the preset's default and "none" builds without
+    checkpoint and draft are folders or preset names; tp ranks share the target, and the draft too unless draft_tp is 1, which
+    keeps the whole draft on every rank; draft None takes the preset's default and "none" builds without
     one. dtype None is fp8 for a checkpoint that holds FP8 weights, else bfloat16 for presets and where there is a GPU, else
     float32 (CPUs compute it faster). draft_dtype, head_dtype and kv_dtype: see smc_build.precision.resolve. calibration is a
     text file for --dtype fp8; without it the model writes its own.
@@ -47,6 +50,7 @@ class BuildOptions:
     checkpoint: str
     draft: str | None = None
     tp: int = 1
+    draft_tp: int | None = None
     dtype: str | None = None
     draft_dtype: str | None = None
     head_dtype: str | None = None
@@ -100,23 +104,44 @@ class BuildPlan:
         """The target, and the draft when there is one."""
         return [model for _, model in self.roles]
 
+    def ranks(self, role: Role) -> int:
+        """Ranks that share a model."""
+        alone = role == "draft" and self.options.draft_tp == 1
+        return 1 if alone else self.options.tp
+
+    @property
+    def rank_configs(self) -> dict[Role, ModelConfig]:
+        """What one rank computes of the target, and of the draft when there is one."""
+        return {role: rank_config(model.config, self.ranks(role)) for role, model in self.roles}
+
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights."""
+        """Bytes of all weights, as one rank would hold them."""
         return sum(weight_bytes(model.config, self.precisions[role]) for role, model in self.roles)
 
     @property
+    def rank_weight_bytes(self) -> int:
+        """Bytes of the weights that each rank holds."""
+        return sum(weight_bytes(config, self.precisions[role]) for role, config in self.rank_configs.items())
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all weight files."""
+        return sum(
+            self.ranks(role) * weight_bytes(config, self.precisions[role]) for role, config in self.rank_configs.items()
+        )
+
+    @property
     def page_bytes(self) -> int:
-        """Bytes of one KV page, both models."""
+        """Bytes of one KV page on each rank, both models."""
         return self.options.page_size * sum(
-            model.config.kv_bytes_per_token(self.precisions[role].kv) for role, model in self.roles
+            config.kv_bytes_per_token(self.precisions[role].kv) for role, config in self.rank_configs.items()
         )
 
     @property
     def num_pages(self) -> int:
-        """KV pages that fit beside the weights into the memory that is free now, a rank's share each."""
-        spare = int(self.memory_bytes * _USABLE_MEMORY) - self.weight_bytes // self.options.tp
-        return max(0, spare * self.options.tp // self.page_bytes)
+        """KV pages that fit beside a rank's weights into the memory of its device that is free now."""
+        return max(0, int(self.memory_bytes * _USABLE_MEMORY) - self.rank_weight_bytes) // self.page_bytes
 
     @property
     def pages_per_request(self) -> int:
@@ -145,10 +170,14 @@ def make_plan(options: BuildOptions) -> BuildPlan:
             "choose a draft with the same vocabulary"
         )
     memory_name, memory_bytes = device_memory()
+    if memory_name != "GPU memory":
+        memory_bytes //= options.tp  # ranks on processors share one memory
     precisions = _choose_precisions(options, target, draft, memory_name)
     target = with_own_head(target, precisions["target"])
     draft = None if draft is None else with_own_head(draft, precisions["draft"])
     models = [target] if draft is None else [target, draft]
+    for model, ranks in zip(models, (options.tp, options.draft_tp or options.tp), strict=False):
+        rank_config(model.config, ranks)  # refuses what cannot be shared
     name = options.name or target.name
     api = load(options.compiler, precisions["target"].activations)
     return BuildPlan(
@@ -170,14 +199,8 @@ def check_buildable(plan: BuildPlan) -> None:
     """Refuse what this version or this machine cannot build; called after the plan has been shown.
 
     Raises:
-        ConfigError: more than one rank.
         SmcError: too little memory or disk.
     """
-    if plan.options.tp > 1:
-        raise ConfigError(
-            f"--tp {plan.options.tp} asks for tensor parallelism, expected --tp 1: this version runs one rank, "
-            "use --tp 1"
-        )
     largest = max(largest_tensor_bytes(model.config, "float32") for model in plan.models)
     needed, free = largest * _TENSORS_IN_MEMORY, free_memory_bytes()
     if needed > free:
@@ -187,7 +210,7 @@ def check_buildable(plan: BuildPlan) -> None:
         )
     # Tokenizers and the manifest are megabytes; the weights decide.
     quantized = 0 if plan.options.random_weights else _exported_bytes(plan)
-    needed, free = plan.weight_bytes + quantized + (64 << 20), free_disk_bytes(plan.output)
+    needed, free = plan.file_bytes + quantized + (64 << 20), free_disk_bytes(plan.output)
     what = str(plan.output)
     fetched = sum(model.config.weight_bytes("bfloat16") for model in plan.models if model.folder is None)
     # Otherwise hours of download would end with a full disk.
@@ -250,6 +273,10 @@ def _check_ranges(options: BuildOptions) -> None:
             raise ConfigError(f"{flag} is {value}, expected {low} to {high}: choose a value in that range")
     if options.page_size & (options.page_size - 1):
         raise ConfigError(f"--page-size is {options.page_size}, expected a power of two: use 16")
+    if options.draft_tp not in (None, 1, options.tp):
+        raise ConfigError(
+            f"--draft-tp is {options.draft_tp}, expected 1 (the whole draft on every rank) or --tp's {options.tp}: choose one"
+        )
 
 
 def _resolve_draft(options: BuildOptions, target: ModelSource) -> ModelSource | None:

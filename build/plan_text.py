@@ -8,6 +8,7 @@ from smc_build.machine import format_bytes
 from smc_build.plan import BuildPlan
 from smc_build.precision import describe_types
 from smc_build.presets import PRESETS, ModelSource
+from smc_build.sharding import describe_padding
 from smc_build.tensorrt_api import PORTABLE, find
 from smc_build.weights import weight_bytes
 
@@ -34,9 +35,12 @@ def describe(plan: BuildPlan) -> str:
     ]
     if options.tp > 1:
         lines.append(
-            f"  {'per rank':<13}{format_bytes(plan.weight_bytes // options.tp)} of weights, "
-            f"{format_bytes(plan.page_bytes // options.tp)} a page, on each of {options.tp} ranks"
+            f"  {'per rank':<13}{format_bytes(plan.rank_weight_bytes)} of weights on each of {options.tp} ranks"
         )
+        for role, model in plan.roles:
+            ranks = plan.ranks(role)
+            text = describe_padding(model.config, ranks) if ranks > 1 else "whole on every rank"
+            lines.append(f"  {'':<13}{role}: {text}")
     if plan.num_pages < plan.pages_per_request:
         lines.append(
             f"  {'note':<13}not even one request of {plan.max_seq_len} tokens with {options.particles} particles "

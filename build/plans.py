@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from smc_build.dtypes import FP8
 from smc_build.model_config import ModelConfig
-from smc_build.network import ROWS, RegionSpec, TensorSpec, region_specs
+from smc_build.network import ROWS, RegionSpec, TensorSpec, region_layers, region_specs
 from smc_build.precision import Precision
 from smc_build.tensorrt_api import TensorrtApi
 from smc_build.tensorrt_ops import TensorrtOps
@@ -48,7 +48,7 @@ class Plan:
     """A compiled region.
 
     Attributes:
-        region: entry, block, exit or head.
+        region: its name (see smc_build.network).
         rows: the row bucket.
         data: the serialized engine.
         seconds: what compiling took.
@@ -76,8 +76,8 @@ def plan_file(role: str, region: str, rows: int) -> str:
 
 
 def used_regions(config: ModelConfig) -> tuple[str, ...]:
-    """Regions a model runs; one of a single layer has no block."""
-    return ("entry", "exit", "head") if config.num_layers == 1 else ("entry", "block", "exit", "head")
+    """Regions a model (or a rank of it) runs; one of a single layer has no block."""
+    return (*(region for region, (first, last) in region_layers(config).items() if first <= last), "head")
 
 
 def plan_table(role: str, config: ModelConfig, buckets: Sequence[int]) -> dict[str, dict[str, str]]:

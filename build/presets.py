@@ -8,8 +8,9 @@ so the plan can be printed, and random weights built, before anything is fetched
 from dataclasses import dataclass
 from pathlib import Path
 
-from smc_build.checkpoint import read_config, stores_fp8
+from smc_build.checkpoint import stores_fp8
 from smc_build.closest import suggest
+from smc_build.formats import read_config
 from smc_build.machine import format_bytes, free_disk_bytes
 from smc_build.model_config import ModelConfig, RopeConfig, RopeScaling
 from smc_plugin.errors import CheckpointError, ConfigError

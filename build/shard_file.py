@@ -9,9 +9,11 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -28,6 +30,61 @@ class FileEntry:
     sha256: str
 
 
+class ShardWriter:
+    """Streams tensors into one safetensors file; see `open_shard`."""
+
+    def __init__(
+        self, file: IO[bytes], shapes: Mapping[str, tuple[int, ...]], dtype: str | Callable[[str], str]
+    ) -> None:
+        self._file = file
+        self._dtypes = {name: dtype if isinstance(dtype, str) else dtype(name) for name in shapes}
+        self._digest, self._total = hashlib.sha256(), 0
+        self._expected = iter(shapes.items())
+        self._put(_header(shapes, self._dtypes))
+
+    def write(self, name: str, tensor: torch.Tensor) -> int:
+        """Append a tensor; returns its bytes.
+
+        Raises:
+            ValueError: it does not come in the announced order, shape or dtype.
+        """
+        if next(self._expected, None) != (name, tuple(tensor.shape)) or tensor.dtype != torch_dtype(self._dtypes[name]):
+            raise ValueError(f"{name} {list(tensor.shape)} {tensor.dtype} comes out of order or shape")
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+        self._put(data)
+        return data.nbytes
+
+    def finish(self) -> FileEntry:
+        """Size and hash of the complete file.
+
+        Raises:
+            ValueError: an announced tensor never came.
+        """
+        if (left := next(self._expected, None)) is not None:
+            raise ValueError(f"tensor {left[0]} was announced and never came")
+        return FileEntry(self._total, self._digest.hexdigest())
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._total += len(data) if isinstance(data, bytes) else data.nbytes
+
+
+@contextmanager
+def open_shard(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str | Callable[[str], str]
+) -> Iterator[ShardWriter]:
+    """Create a safetensors file whose tensors come one by one.
+
+    Args:
+        path: the file to create.
+        shapes: every tensor's shape, in the order they will come.
+        dtype: element type name of all tensors, or says each one's from its name.
+    """
+    with path.open("wb") as file:
+        yield ShardWriter(file, shapes, dtype)
+
+
 def write_shard(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]],
@@ -38,36 +95,19 @@ def write_shard(
     """Stream tensors into a safetensors file.
 
     Args:
-        path: the file to create.
-        shapes: every tensor's shape, in the order `tensors` yields them.
-        tensors: (name, tensor) pairs.
-        dtype: element type name of all tensors, or says each one's from its name.
+        tensors: (name, tensor) pairs, in the order of `shapes`.
         on_written: told the number of bytes after each tensor.
     Returns:
         size and hash of the file.
     Raises:
         ValueError: a tensor does not come in the announced order, shape or dtype.
     """
-    dtypes = {name: dtype if isinstance(dtype, str) else dtype(name) for name in shapes}
-    digest, total = hashlib.sha256(), 0
-    expected = iter(shapes.items())
-    with path.open("wb") as file:
-        header = _header(shapes, dtypes)
-        file.write(header)
-        digest.update(header)
-        total += len(header)
+    with open_shard(path, shapes, dtype) as writer:
         for name, tensor in tensors:
-            if next(expected, None) != (name, tuple(tensor.shape)) or tensor.dtype != torch_dtype(dtypes[name]):
-                raise ValueError(f"{name} {list(tensor.shape)} {tensor.dtype} comes out of order or shape")
-            data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-            file.write(data)
-            digest.update(data)
-            total += data.nbytes
+            written = writer.write(name, tensor)
             if on_written is not None:
-                on_written(data.nbytes)
-    if (left := next(expected, None)) is not None:
-        raise ValueError(f"tensor {left[0]} was announced and never came")
-    return FileEntry(total, digest.hexdigest())
+                on_written(written)
+        return writer.finish()
 
 
 def hash_file(path: Path) -> FileEntry:

@@ -36,7 +36,7 @@ def weight_shapes(config: ModelConfig, precision: Precision | None = None) -> di
         name to shape; the element counts without FP8 scales add up to config.num_parameters.
     """
     hidden = config.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {"embed": (config.vocab_size, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {"embed": (config.embedding_rows, hidden)}
     layer_weights = layer_shapes(config, precision)
     for layer in range(config.num_layers):
         shapes.update({f"layers.{layer}.{name}": shape for name, shape in layer_weights.items()})
@@ -88,8 +88,8 @@ def _plain_layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def head_weight(config: ModelConfig) -> str:
-    """Name of the weight the head multiplies with: `embed` when tied."""
-    return "embed" if config.tied_head else "lm_head"
+    """Name of the weight the head multiplies with: `embed` when tied (a rank's part of it is bound as lm_head)."""
+    return "embed" if config.tied_head and not config.is_shard else "lm_head"
 
 
 def random_weights(

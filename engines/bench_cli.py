@@ -11,6 +11,7 @@ smc_engines.bench.measure and smc_engines.bench.floor.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import sys
 import time
@@ -24,12 +25,15 @@ import torch
 
 from smc_build.builder import BuildOptions
 from smc_build.engine_dir import Role
-from smc_engines.bench import plot, profiling, report
+from smc_engines.bench import collectives, plot, profiling, report
 from smc_engines.bench.floor import copy_bandwidth
 from smc_engines.bench.measure import Bench, CaseFailedError, repeat
 from smc_engines.bench.points import MODES, SWEEPS, Case, Point, parse_modes, parse_numbers, sweep_points, swept_by
 from smc_engines.config import ExecutorConfig
 from smc_engines.engine import Engine
+from smc_engines.parallel import lockstep
+from smc_engines.parallel.connect import launched_rank
+from smc_engines.parallel.launch import follow_rank_0, start_ranks
 from smc_engines.region_choice import RegionChoice
 from smc_engines.sampling_params import Mode, SamplingParams
 from smc_plugin.errors import ConfigError, SmcError
@@ -65,6 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", help="of --preset; default as smc-build chooses")
     for name, what in (("draft", "the draft's matrices"), ("head", "heads beside FP8 matrices"), ("kv", "KV pages")):
         parser.add_argument(f"--{name}-dtype", help=f"of {what}, with --preset; as in smc-build")
+    parser.add_argument("--tp", type=int, default=1, help="ranks of --preset; default %(default)s")
+    parser.add_argument("--draft-tp", type=int, help="1 keeps the whole draft of --preset on every rank")
     parser.add_argument("--modes", default=",".join(MODES), help="comma-separated; default %(default)s")
     parser.add_argument("--n", "--particles", dest="particles", type=int, default=4, help="default %(default)s")
     parser.add_argument("--k", "--draft-tokens", dest="draft_tokens", type=int, default=4, help="default %(default)s")
@@ -125,6 +131,9 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(given)
     started = time.perf_counter()
     try:
+        start_ranks(args.tp if args.engine is None else Path(args.engine), "smc_engines.bench_cli", given)
+        if launched_rank():
+            return follow_rank_0(lambda: _load(args)[0], "smc-bench")
         found = run(args, f"smc-bench {shlex.join(given)}")
     except SmcError as error:
         print(f"smc-bench: {error}", file=sys.stderr)
@@ -149,6 +158,14 @@ def run(args: argparse.Namespace, command: str = "smc-bench") -> dict[str, Any]:
         torch.set_num_threads(args.threads)
     started = time.perf_counter()
     engine, text = _load(args)
+    with contextlib.closing(engine):
+        return _measure(args, command, engine, text, started)
+
+
+def _measure(
+    args: argparse.Namespace, command: str, engine: Engine, text: list[int] | None, started: float
+) -> dict[str, Any]:
+    """What `run` does once it has an engine, made since `started`."""
     plan = _plan(args, engine.manifest.weights == "random", None if text is None else len(text))
     _say(f"made the engine in {time.perf_counter() - started:.1f} s")
     tactics = _tune(engine, plan) if args.tune else engine.manifest.tactics
@@ -195,8 +212,11 @@ class _Session:
                 left.remove(failure.case)
                 self._fail(failure.case, failure.__cause__)
                 continue
+            engine = self._bench.engine
             rows = [
-                report.make_row(self._bench.engine, case, own, self._args.temperature, self._copy)
+                report.make_row(
+                    engine, case, own, self._args.temperature, self._copy, collectives.round_us(engine, case)
+                )
                 for case, own in samples.items()
             ]
             self._found["rows"] += rows
@@ -314,6 +334,8 @@ def _load(args: argparse.Namespace) -> tuple[Engine, list[int] | None]:
     options = BuildOptions(
         checkpoint=args.preset,
         draft=args.draft,
+        tp=args.tp,
+        draft_tp=args.draft_tp,
         dtype=args.dtype,
         draft_dtype=args.draft_dtype,
         head_dtype=args.head_dtype,
@@ -337,7 +359,9 @@ def _tune(engine: Engine, plan: Plan) -> dict[str, Any]:
         sequences = case.point.batch * case.num_particles
         rows["target"].add(sequences * (case.num_draft_tokens + 1))
         rows["draft"] |= {sequences, 2 * sequences} if case.num_draft_tokens else set()
-    tactics = tune_engine(engine, {role: sorted(counts) for role, counts in rows.items()}, _say)
+    wanted: dict[Role, list[int]] = {role: sorted(counts) for role, counts in rows.items()}
+    lockstep.announce(engine.ranks, tune_engine, wanted, lockstep.silent)
+    tactics = tune_engine(engine, wanted, _say)
     _say(f"tuned in {time.perf_counter() - started:.1f} s")
     return tactics
 

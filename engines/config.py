@@ -39,6 +39,8 @@ class ExecutorConfig:
         regions: who computes the stretches between attention calls: `auto` (torch on a CPU; on a GPU what --tune found
             fastest, else the plans if there are some, else the fused kernels), `fused`, `plans` or `torch`.
         verify: check every hash of the engine directory on load.
+        step_timeout_s: with several ranks, a step of shapes seen before that takes longer ends the process, since a rank must
+            hang; None takes 8 on a GPU and 60 on a CPU.
     """
 
     device: str = "auto"
@@ -53,6 +55,7 @@ class ExecutorConfig:
     kernels: KernelChoice = "auto"
     regions: RegionChoice = "auto"
     verify: bool = True
+    step_timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_groups", "max_queue", "prefill_chunk"):
@@ -63,6 +66,8 @@ class ExecutorConfig:
             raise ConfigError(f"num_pages must be at least 2, got {self.num_pages}: raise it or leave it out")
         if not 0 < self.kv_memory_fraction <= 1:
             raise ConfigError(f"kv_memory_fraction must be in (0, 1], got {self.kv_memory_fraction}: choose a fraction")
+        if self.step_timeout_s is not None and self.step_timeout_s <= 0:
+            raise ConfigError(f"step_timeout_s must be above 0, got {self.step_timeout_s}: raise it or leave it out")
         if self.kernels not in get_args(KernelChoice):
             raise ConfigError(f"kernels must be auto, reference or triton, got {self.kernels!r}: choose one")
         if self.regions not in get_args(RegionChoice):

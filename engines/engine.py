@@ -19,6 +19,9 @@ from smc_build.weights import weight_bytes
 from smc_engines.config import ExecutorConfig, free_memory_bytes
 from smc_engines.kv_cache import total_blocks, worst_case_pages
 from smc_engines.model import PagedModel
+from smc_engines.parallel import lockstep
+from smc_engines.parallel.connect import connect
+from smc_engines.parallel.ranks import Ranks, same_on_all, together
 from smc_engines.plan_runner import Scratch
 from smc_engines.region_choice import choose_regions
 from smc_engines.rounds import RoundKind
@@ -89,6 +92,7 @@ class Engine:
         weights: gives a model's canonical weights on a device.
         tokenizer: None serves token ids only.
         path: the engine directory, which may hold plans; None for an engine made in memory.
+        ranks: the other ranks, connected; None where the engine has one rank.
     """
 
     def __init__(
@@ -98,15 +102,17 @@ class Engine:
         tokenizer: Tokenizer | None,
         config: ExecutorConfig,
         path: Path | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.manifest = manifest
+        self.ranks = ranks
         self.path = path or Path(manifest.name)
         self.plan_folder = path if manifest.plans else None
         self.config = config
         self.device = config.torch_device()
         self.tokenizer = tokenizer
-        target = manifest.target.config
-        draft = manifest.draft.config if manifest.draft is not None else None
+        target = manifest.target.rank_config
+        draft = manifest.draft.rank_config if manifest.draft is not None else None
         self.eos_ids = target.eos_ids
         if len(self.eos_ids) > MAX_EOS_IDS:
             raise EngineDirError(
@@ -117,40 +123,48 @@ class Engine:
             manifest.max_particles,
             manifest.max_draft_tokens if draft is not None else 0,
             manifest.max_seq_len,
-            target.vocab_size,
+            manifest.target.config.vocab_size,
             draft is not None,
         )
         self.max_groups = config.max_groups or manifest.max_groups
         self.page_size = manifest.page_size
-        self._check_fp8()
-        self.num_pages = self._size_pool()
+        together(ranks, "check its GPU", self._check_fp8)
+        self.num_pages = self._agree_on_pages()
 
         kernels = kernels_for(self.device, config.kernels)
         self.scratch = Scratch()  # plans of target and draft run one after the other
 
         def model(role: Role, model_config: ModelConfig) -> PagedModel:
-            own = weights(role, self.device)
+            own = weights(role, self.device, self.rank)
             regions = choose_regions(config.regions, manifest, role, own, path, self.scratch)
             kv_dtype = torch_dtype(self.precisions[role].kv)
-            return PagedModel(model_config, own, self.num_pages, self.page_size, regions, kernels, kv_dtype)
+            return PagedModel(model_config, own, self.num_pages, self.page_size, regions, kernels, kv_dtype, ranks)
 
-        self.target = model("target", target)
-        self.draft = model("draft", draft) if draft is not None else None
+        self.target = together(ranks, "load the target", lambda: model("target", target))
+        self.draft = None
+        if draft is not None:
+            self.draft = together(ranks, "load the draft", lambda: model("draft", draft))
 
     @classmethod
     def from_dir(cls, path: Path, config: ExecutorConfig) -> Engine:
-        """Load an engine directory.
+        """Load an engine directory; one of several ranks by each of the processes that mpirun started.
 
         Raises:
             EngineDirError: it is missing, damaged or does not fit this machine.
+            ConfigError: it has several ranks and this process is not one of as many.
+            RankError: another rank could not load it.
         """
-        manifest = load_manifest(path, verify=config.verify)
+        ranks = connect(load_manifest(path, verify=False).tp, config)
+        # One rank hashes the files for all of them.
+        verify = config.verify and (ranks is None or ranks.rank == 0)
+        manifest = together(ranks, "read the engine directory", lambda: load_manifest(path, verify=verify))
+        same_on_all(ranks, "an engine directory", manifest.to_dict())
         folder = tokenizer_path(path)
 
-        def weights(role: Role, device: torch.device) -> dict[str, Tensor]:
-            return load_weights(path, role, device=device)
+        def weights(role: Role, device: torch.device, rank: int) -> dict[str, Tensor]:
+            return load_weights(path, role, rank, device)
 
-        return cls(manifest, weights, Tokenizer.load(folder) if folder is not None else None, config, path)
+        return cls(manifest, weights, Tokenizer.load(folder) if folder is not None else None, config, path, ranks)
 
     @classmethod
     def from_random(cls, options: BuildOptions, config: ExecutorConfig) -> Engine:
@@ -158,8 +172,20 @@ class Engine:
 
         The weights are those that `smc-build --random-weights` writes for the same options. For speed only.
         """
+        ranks = connect(options.tp, config)
         manifest, weights = random_engine(options)
-        return cls(manifest, weights, None, config)
+        return cls(manifest, weights, None, config, ranks=ranks)
+
+    @property
+    def rank(self) -> int:
+        """This process's rank, 0 for the only one."""
+        return 0 if self.ranks is None else self.ranks.rank
+
+    def close(self) -> None:
+        """Let the other ranks go; an engine of one rank has nothing to do. Call it once, last."""
+        if self.ranks is not None:
+            lockstep.leave(self.ranks)
+            self.ranks = None
 
     @property
     def models(self) -> dict[Role, PagedModel]:
@@ -184,16 +210,23 @@ class Engine:
         if self.device.type == "cuda" and any(precision.uses_fp8 for precision in self.precisions.values()):
             check_fp8_gpu(torch.cuda.get_device_name(self.device), torch.cuda.get_device_capability(self.device))
 
+    def _agree_on_pages(self) -> int:
+        """The size that every rank has room for."""
+        own = together(self.ranks, "size its page pool", self._size_pool)
+        return own if self.ranks is None else min(self.ranks.gather_objects(own))
+
     def _size_pool(self) -> int:
         if self.config.num_pages is not None:
             return self.config.num_pages
         limits = self.limits
-        configs = {role: self.manifest.model(role).config for role in self.precisions}
+        configs = {role: self.manifest.model(role).rank_config for role in self.precisions}
         taken = sum(weight_bytes(configs[role], precision) for role, precision in self.precisions.items())
         page_bytes = self.page_size * sum(
             configs[role].kv_bytes_per_token(precision.kv) for role, precision in self.precisions.items()
         )
-        free = free_memory_bytes(self.device) - taken
+        # Ranks on processors share one memory, and all of them ask before any takes its part.
+        sharing = self.manifest.tp if self.device.type == "cpu" else 1
+        free = free_memory_bytes(self.device) // sharing - taken
         fits = int(free * self.config.kv_memory_fraction) // page_bytes
         wanted = self.max_groups * worst_case_pages(
             1, limits.max_seq_len, limits.max_particles, limits.max_draft_tokens, self.page_size

@@ -8,15 +8,17 @@ A step admits what fits, prefills a chunk, runs one round for each kind of reque
         for output in executor.step():
             print(output.new_text, end="")
 
-One thread owns an executor. `submit` and `cancel` only take note; everything happens in `step`.
+One thread owns an executor. `submit` and `cancel` only take note; everything happens in `step`. With several ranks, rank 0's
+executor is the one that is called; it tells the others' before each step what it was told (see parallel/lockstep.py).
 """
 
 from __future__ import annotations
 
 import itertools
+import secrets
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ from smc_engines.engine import Engine
 from smc_engines.kv_cache import PagePool
 from smc_engines.launch import Flight, Launcher
 from smc_engines.outputs import FinishReason, RequestOutput
+from smc_engines.parallel import lockstep
 from smc_engines.publish import Publisher
 from smc_engines.request import AnswerText, Phase, Request
 from smc_engines.rounds import RoundContext, RoundKind, RoundSummary
@@ -72,6 +75,7 @@ class Executor:
         self._arrivals = itertools.count()
         self._rounds = 0
         self._tokens = 0
+        self._lockstep = lockstep.Lockstep(engine.ranks, engine.config, engine.device.type)
 
     @classmethod
     def from_engine_dir(cls, path: Path | str, config: ExecutorConfig | None = None) -> Executor:
@@ -115,6 +119,8 @@ class Executor:
             QueueFullError: too many requests wait.
         """
         params = params or SamplingParams()
+        if self.engine.ranks is not None and params.seed is None:
+            params = replace(params, seed=secrets.randbits(64))  # one for all ranks
         tokenizer = self.engine.tokenizer
         if isinstance(prompt, str):
             if tokenizer is None:
@@ -127,11 +133,40 @@ class Executor:
         text = AnswerText(tokenizer, params.stop)
         arrival = next(self._arrivals)
         self.scheduler.enqueue(Request(request_id, tuple(prompt), plan, priority, arrival, text, automaton))
+        self._lockstep.note(lockstep.Submit(request_id, tuple(prompt), params, priority))
 
     def cancel(self, request_id: str) -> None:
         """End a request at the next step; unknown and finished ids are ignored."""
         if request_id in self.scheduler.requests:
             self._cancelled.append(request_id)
+            self._lockstep.note(lockstep.Cancel(request_id))
+
+    def follow(self, plan: lockstep.Step) -> None:
+        """On a rank that follows: take note of what rank 0 was told, and step with it.
+
+        Raises:
+            RankError: this rank's rounds came out otherwise than rank 0's.
+        """
+        self._lockstep.check(plan)
+        for news in plan.news:
+            match news:
+                case lockstep.Submit():
+                    self.submit(news.request_id, news.prompt, news.params, news.priority)
+                case lockstep.Cancel():
+                    self.cancel(news.request_id)
+                case lockstep.Drop():
+                    self._drop_all()
+                case lockstep.ForceResampling():
+                    self.force_resampling()
+        self.step()
+
+    def force_resampling(self) -> None:
+        """From now on every round of the requests that decode resamples, whatever their weights; for measurements."""
+        self._lockstep.note(lockstep.ForceResampling())
+        with torch.inference_mode():
+            for request in self.scheduler.running:
+                # ESS is at most N, so θ = 2 is always above it. The request's own range ends at 1.
+                self.slots.state.ess_threshold[request.slot] = 2.0
 
     def step(self) -> list[RequestOutput]:
         """Advance every request once.
@@ -139,7 +174,7 @@ class Executor:
         Returns:
             news of the requests that have any, in no particular order of requests.
         """
-        with torch.inference_mode():
+        with torch.inference_mode(), self._lockstep.step():
             outputs = self._retire_cancelled()
             self._admit()
             outputs += self._prefill_chunk()
@@ -193,6 +228,7 @@ class Executor:
         self.pool.check_integrity(self.slots.state)
 
     def _drop_all(self) -> None:
+        self._lockstep.note(lockstep.Drop())
         self._cancelled += self.scheduler.requests
         with torch.inference_mode():
             self._retire_cancelled()
@@ -233,6 +269,7 @@ class Executor:
 
     def _prefill(self, request: Request, chunk: Sequence[int]) -> torch.Tensor:
         device = self.engine.device
+        self._lockstep.expect(("prefill", len(chunk), request.plan.uses_draft))
         tokens = torch.tensor([chunk], device=device)
         start = torch.tensor([request.prefilled], device=device)
         table = self.slots.state.block_table[request.slot, :1]
@@ -251,18 +288,27 @@ class Executor:
         last = torch.tensor([request.prompt[-1]], device=device)
         context = self._context(request.plan.kind, [request])
         slot = torch.tensor([request.slot], device=device)
-        packed = rounds.begin(context, self.slots.state, slot, end, last, logits)
-        return self._publish([request], RoundSummary.unpack(packed.cpu(), request.num_particles), first=True)
+        self._lockstep.expect(("begin", request.plan.kind))
+        packed = rounds.begin(context, self.slots.state, slot, end, last, logits).cpu()
+        self._lockstep.witness(packed)
+        return self._publish([request], RoundSummary.unpack(packed, request.num_particles), first=True)
 
     def _run_rounds(self) -> list[RequestOutput]:
         """Start one round of each kind; publish these, or with overlap those started a step ago."""
         started = []
         for kind, batch in self.scheduler.rounds().items():
-            started.append((batch, self._launcher.launch(self._context(kind, batch), [entry.slot for entry in batch])))
+            context = self._context(kind, batch)
+            self._lockstep.expect(self._launcher.shape(context, len(batch)))
+            started.append((batch, self._launcher.launch(context, [entry.slot for entry in batch])))
             self._rounds += 1
         due = self._in_flight if self._overlap else started
         self._in_flight = started if self._overlap else []
-        return [output for batch, flight in due for output in self._publish(batch, flight.land())]
+        outputs = []
+        for batch, flight in due:
+            summary = flight.land()
+            self._lockstep.witness(flight.packed)
+            outputs += self._publish(batch, summary)
+        return outputs
 
     def _context(self, kind: RoundKind, batch: Sequence[Request]) -> RoundContext:
         unseen = 2 if self._overlap else 1

@@ -1,7 +1,8 @@
 """Runs regions on the fused products of smc_plugin.kernels.matmul.
 
 A block is four launches: o, gate/up, down and the next qkv, each with the residual, norm, activation and bias around it.
-For a Llama-8B block at 8 rows these four read 436 MB of weights and little else.
+For a Llama-8B block at 8 rows these four read 436 MB of weights and little else. On a tensor-parallel rank a sum over the ranks
+follows o and down; residual and norm are then one more, small launch.
 """
 
 from __future__ import annotations
@@ -52,9 +53,10 @@ class FusedRegions:
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], tactics: ModelTactics | None = None) -> None:
         triton_kernels()  # names the missing extra
-        from smc_plugin.kernels import launch, matmul  # noqa: PLC0415 - importing them needs triton
+        from smc_plugin.kernels import launch, matmul, residual_norm  # noqa: PLC0415 - importing them needs triton
 
         self._matmul = matmul
+        self._add_and_norm = residual_norm.add_and_norm
         self._eps = config.rms_eps
         self._config = config
         self._gpu = launch.gpu_of(weights["embed"].device)
@@ -95,6 +97,8 @@ class FusedRegions:
                 hidden, bound["lm_head"], None, None, True, torch.float32, tactic, bound.get("lm_head_scale")
             )
             return {"logits": logits}
+        if self._config.is_shard:
+            return self._run_piece(region, bound, activations)
         attn, residual = activations["attn"], activations["residual"]
         rows = attn.shape[0]
         fp8 = self._precision.is_fp8("qkv")  # matrices are then [columns, inner]
@@ -109,6 +113,29 @@ class FusedRegions:
         norm = bound["next_attn_norm"], eps
         residual, normed = matmul.linear_and_norm(inner, bound["down"], residual, norm, tactic, fp8, scale)
         return {"qkv": self._qkv(normed, rows, bound, "next_"), "residual": residual}
+
+    def _run_piece(
+        self, region: str, bound: Mapping[str, Tensor], activations: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """One of the regions between two sums over the ranks."""
+        matmul, eps = self._matmul, self._eps
+        if region == "attn_out":
+            return {"partial": self._partial("o", activations["attn"], bound)}
+        norm = {"feed_forward": "mlp_norm", "next_qkv": "next_attn_norm", "final": "final_norm"}[region]
+        residual, normed = self._add_and_norm(activations["reduced"], activations["residual"], bound[norm], eps)
+        rows = normed.shape[0]
+        if region == "final":
+            return {"hidden": normed}
+        if region == "next_qkv":
+            return {"qkv": self._qkv(normed, rows, bound, "next_"), "residual": residual}
+        scale = bound.get("gate_up_scale")
+        inner = matmul.gated(normed, bound["gate_up"], self.tactic("gate_up", rows), scale is not None, scale)
+        return {"partial": self._partial("down", inner, bound), "residual": residual}
+
+    def _partial(self, name: str, x: Tensor, bound: Mapping[str, Tensor]) -> Tensor:
+        """A rank's part of a product that is summed over the ranks."""
+        scale, tactic = bound.get(f"{name}_scale"), self.tactic(name, x.shape[0])
+        return self._matmul.linear(x, bound[name], None, None, scale is not None, None, tactic, scale)
 
     def _qkv(self, x: Tensor | Prenormed, rows: int, bound: Mapping[str, Tensor], prefix: str) -> Tensor:
         bias, scale = bound.get(f"{prefix}qkv_bias"), bound.get(f"{prefix}qkv_scale")

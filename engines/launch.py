@@ -50,18 +50,23 @@ class Launcher:
         self._device = device
         self._graphs: dict[tuple[RoundKind, int, int], _CapturedRound] = {}
 
+    def shape(self, context: RoundContext, num_groups: int) -> tuple[RoundKind, int, int]:
+        """What a round is captured for: its kind, the groups of its bucket and the longest context of its bucket."""
+        bucket = min(1 << (num_groups - 1).bit_length(), max(self._state.slot.shape[0] - 1, 1))
+        # A captured round is replayed when contexts have grown, so it must see the longest of its bucket.
+        longest = (self._state.block_table.shape[-1] - 1) * context.target.page_size
+        longest = min([tokens for tokens in _CONTEXTS if context.max_context <= tokens < longest], default=longest)
+        return context.kind, bucket, longest
+
     def launch(self, context: RoundContext, slots: Sequence[int]) -> Flight:
         """Start a round for some slots."""
         if self._device.type != "cuda":
             packed = run_round(context, self._state, torch.tensor(slots, device=self._device))
             return Flight(context.kind, packed, None)
         spare = self._state.slot.shape[0] - 1
-        bucket = min(1 << (len(slots) - 1).bit_length(), max(spare, 1))
+        key = self.shape(context, len(slots))
+        _, bucket, longest = key
         padded = [*slots, *[spare] * (bucket - len(slots))]
-        # A captured round is replayed when contexts have grown, so it must see the longest of its bucket.
-        longest = (self._state.block_table.shape[-1] - 1) * context.target.page_size
-        longest = min([tokens for tokens in _CONTEXTS if context.max_context <= tokens < longest], default=longest)
-        key = (context.kind, bucket, longest)
         if key not in self._graphs:
             context = replace(context, max_context=longest)
             self._graphs[key] = _CapturedRound(context, self._state, bucket, spare)
@@ -103,6 +108,7 @@ def capture(function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tenso
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Threads of NCCL look at their events meanwhile, which must not end the capture.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = function()
     return graph, output

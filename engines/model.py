@@ -2,7 +2,8 @@
 
 A forward pass takes B sequences of Q tokens each at positions start to start + Q - 1, writes their keys and values to the
 pages that the block tables name, and returns one hidden row a token. Prefill is B = 1 with a chunk of the prompt; a draft
-pass is B = G * N with Q = 1 or 2; a score pass is B = G * N with Q = K + 1.
+pass is B = G * N with Q = 1 or 2; a score pass is B = G * N with Q = K + 1. On a tensor-parallel rank a pass sums over the
+ranks twice a layer.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ import torch
 from torch import Tensor
 
 from smc_build.model_config import ModelConfig
+from smc_build.sharding import padded_tokens
+from smc_engines.parallel.ranks import Ranks
 from smc_engines.regions import RegionRunner, TorchRegions
+from smc_engines.vocabulary import ShardedVocabulary, Vocabulary, WholeVocabulary
 from smc_plugin.backend import Kernels, kernels_for
+from smc_plugin.reference.sampling import NEG_INF
 
 
 class PagedModel:
@@ -27,6 +32,7 @@ class PagedModel:
         regions: who computes what lies between attention calls; None takes torch.
         kernels: who computes attention and copies pages; None takes those of the weights' device.
         kv_dtype: of the KV pages; None takes the embedding's.
+        ranks: the ranks that share the model; None where this process has all of it.
     """
 
     def __init__(
@@ -38,6 +44,7 @@ class PagedModel:
         regions: RegionRunner | None = None,
         kernels: Kernels | None = None,
         kv_dtype: torch.dtype | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config
         self.page_size = page_size
@@ -45,6 +52,12 @@ class PagedModel:
         self._embedding = weights["embed"]
         self.kernels = kernels or kernels_for(self._embedding.device)
         self.regions = regions or TorchRegions(config, weights)
+        self._ranks = ranks if config.is_shard else None
+        self.vocabulary: Vocabulary = WholeVocabulary(self.kernels)
+        self._num_padded = 0
+        if self._ranks is not None:
+            self.vocabulary = ShardedVocabulary(self.kernels, self._ranks, config.vocab_size)
+            self._num_padded = padded_tokens(config, self._ranks.rank)
         self._inv_freq = config.inv_freq().to(self._embedding.device)
         # Attention never reads a position that nothing wrote, so the pages need no first value (and no memory yet).
         self.cache = torch.empty(
@@ -83,10 +96,31 @@ class PagedModel:
         qkv = self._run("entry", x=residual)["qkv"]
         last = self.config.num_layers - 1
         for layer in range(last):
-            out = self._run("block", layer, attn=self._attend(layer, qkv, context), residual=residual)
-            qkv, residual = out["qkv"], out["residual"]
-        out = self._run("exit", attn=self._attend(last, qkv, context), residual=residual)
-        return out["hidden"].view(*tokens.shape, -1)
+            qkv, residual = self._block(layer, self._attend(layer, qkv, context), residual)
+        return self._exit(self._attend(last, qkv, context), residual).view(*tokens.shape, -1)
+
+    def _block(self, layer: int, attn: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """From one attention call to the next: qkv and residual."""
+        if self._ranks is None:
+            out = self._run("block", layer, attn=attn, residual=residual)
+        else:
+            reduced, residual = self._feed_forward(layer, attn, residual)
+            out = self._run("next_qkv", layer, reduced=reduced, residual=residual)
+        return out["qkv"], out["residual"]
+
+    def _exit(self, attn: Tensor, residual: Tensor) -> Tensor:
+        """From the last attention call to the final norm."""
+        if self._ranks is None:
+            return self._run("exit", attn=attn, residual=residual)["hidden"]
+        reduced, residual = self._feed_forward(self.config.num_layers - 1, attn, residual)
+        return self._run("final", reduced=reduced, residual=residual)["hidden"]
+
+    def _feed_forward(self, layer: int, attn: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The two products of a layer whose sums run over the ranks; the second sum is not yet in the residual."""
+        assert self._ranks is not None
+        reduced = self._ranks.all_reduce(self._run("attn_out", layer, attn=attn)["partial"])
+        out = self._run("feed_forward", layer, reduced=reduced, residual=residual)
+        return self._ranks.all_reduce(out["partial"]), out["residual"]
 
     def _attend(self, layer: int, qkv: Tensor, context: Any) -> Tensor:
         return self.kernels.attention.attend(
@@ -100,8 +134,10 @@ class PagedModel:
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Apply the head: [..., hidden] to [..., V] float32."""
+        """Apply the head: [..., hidden] to [..., V] float32, or a rank's part, where padded tokens have -inf."""
         rows = self._run("head", hidden=hidden.reshape(-1, hidden.shape[-1]))["logits"]
+        if self._num_padded:
+            rows[:, -self._num_padded :] = NEG_INF
         return rows.view(*hidden.shape[:-1], -1)
 
     def copy_pages(self, source: Tensor, destination: Tensor) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from smc_build.dtypes import torch_dtype
 from smc_build.engine_dir import Manifest, Role
 from smc_build.model_config import ModelConfig
-from smc_build.network import RegionSpec, TensorSpec, region_specs
+from smc_build.network import RegionSpec, TensorSpec, is_repeated, region_specs
 from smc_build.plans import DATA_TYPES, output_name, static_shape
 from smc_build.precision import Precision
 from smc_build.tensorrt_api import TensorrtApi, find
@@ -187,7 +187,7 @@ class PlanRegions:
     def warm_up(self) -> None:
         """Run every plan once, which compiles its kernels, and save them; do this before capturing a graph."""
         for region, bucket in self._contexts:
-            layer = 0 if region == "block" else None
+            layer = 0 if is_repeated(region) else None
             inputs = [spec for spec in self._specs[region].inputs if spec.name not in self._bound[region, layer]]
             zeros = {
                 spec.name: torch.zeros(static_shape(spec, bucket), dtype=self._dtype, device="cuda") for spec in inputs
@@ -228,7 +228,9 @@ def load_plan_regions(
     plans = (
         (region, int(rows), (path / name).read_bytes()) for region in files for rows, name in files[region].items()
     )
-    runner = PlanRegions(api, manifest.model(role).config, weights, plans, scratch, cache_file(path, role, version))
+    runner = PlanRegions(
+        api, manifest.model(role).rank_config, weights, plans, scratch, cache_file(path, role, version)
+    )
     runner.warm_up()
     return runner
 

@@ -53,7 +53,7 @@ def choose_regions(
     """
     on_gpu = weights["embed"].device.type == "cuda"
     if choice == "torch" or (choice == "auto" and not on_gpu):
-        return TorchRegions(manifest.model(role).config, weights)
+        return TorchRegions(manifest.model(role).rank_config, weights)
     tactics = tactics_of(manifest.tactics, role, torch.cuda.get_device_name()) if on_gpu else None
     has_plans = bool(manifest.plans) and path is not None
     wanted: set[Runner] = set() if tactics is None or choice != "auto" else tactics.runners()
@@ -81,7 +81,7 @@ def make_runners(
     scratch: Scratch | None,
 ) -> dict[Runner, RegionRunner]:
     """The wanted runners and torch, by name; see choose_regions."""
-    config = manifest.model(role).config
+    config = manifest.model(role).rank_config
     runners: dict[Runner, RegionRunner] = {"torch": TorchRegions(config, weights)}
     if "fused" in wanted:
         runners["fused"] = FusedRegions(config, weights, tactics)

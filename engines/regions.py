@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from smc_build.model_config import ModelConfig
-from smc_build.network import layer_inputs, region_specs
+from smc_build.network import is_repeated, layer_inputs, region_layers, region_specs
 from smc_build.precision import Precision
 from smc_build.torch_ops import TorchOps
 
@@ -28,8 +28,8 @@ class RegionRunner(Protocol):
         """Compute one region.
 
         Args:
-            region: entry, block, exit or head.
-            layer: the layer whose attention precedes a block; None for the other regions.
+            region: one of the model's (see smc_build.network).
+            layer: the layer whose attention precedes the region, of those that are run for several; else None.
             activations: the region's inputs without weights, [rows, width] each.
         Returns:
             the region's outputs, [rows, width] each; enqueued on the current stream when they are on a GPU.
@@ -44,11 +44,12 @@ def bind_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[tup
         config: the decoder.
         weights: canonical names (smc_build.weights) to tensors.
     Returns:
-        (region, layer) to input name to tensor; layer is None but for "block".
+        (region, layer) to input name to tensor; layer is None for regions that are run once a pass.
     """
     precision = Precision.of(weights)
-    places: list[tuple[str, int | None]] = [("block", layer) for layer in range(config.num_layers - 1)]
-    places += [("entry", None), ("exit", None), ("head", None)]
+    places: list[tuple[str, int | None]] = [("head", None)]
+    for region, (first, last) in region_layers(config).items():
+        places += [(region, layer) for layer in range(first, last + 1)] if is_repeated(region) else [(region, None)]
     return {
         (region, layer): {
             name: weights[weight] for name, weight in layer_inputs(config, region, layer, precision).items()

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from smc_engines.config import DraftSchedule
 from smc_engines.model import PagedModel
+from smc_engines.vocabulary import Vocabulary
 from smc_plugin.backend import Kernels
 from smc_plugin.group_state import GroupState
 from smc_plugin.reference import random
@@ -204,7 +205,6 @@ def begin(
         the packed summary (see RoundSummary.unpack).
     """
     kernels, particles, page_size = context.kernels, context.kind.num_particles, context.target.page_size
-    sampling = kernels.sampling
     _reset(state, slot, prompt_end, last_token)
     table = state.block_table[slot][:, :particles].contiguous()
     shared = (prompt_end - 1) // page_size
@@ -217,18 +217,15 @@ def begin(
         _fork_pages(context, table, slot.new_zeros((1, particles)), shared)
 
     zero, alpha, seed = torch.zeros_like(slot), state.alpha[slot], state.seed[slot]
-    logits, temperature = _shape(context, state, slot, logits, state.temperature[slot], zero)
-    scaled = logits.to(torch.float32) if temperature is None else sampling.scale(logits, temperature)
-    lse = scaled.logsumexp(dim=-1)
+    vocabulary = context.target.vocabulary
+    logits, temperature = _shape(context, vocabulary, state, slot, logits, state.temperature[slot], zero)
+    scaled = logits.to(torch.float32) if temperature is None else kernels.sampling.scale(logits, temperature)
     u = random.uniform(seed, zero, zero, zero + random.PURPOSE_FIRST)
-    tokens = sampling.systematic_tokens(scaled * alpha[:, None], u, particles)
-    log_p = scaled.gather(1, tokens) - lse[:, None]
-    zeta = sampling.log_zeta(scaled, lse, alpha)
-    first = Sampled(tokens.view(-1), log_p.view(-1), per_row(lse, particles), per_row(zeta, particles))
+    first, lse = vocabulary.first_tokens(scaled, alpha, u, particles)
     none = torch.zeros((1, particles, 0), dtype=torch.float32, device=slot.device)
     flat = torch.zeros((1, particles), dtype=torch.float64, device=slot.device)
     committed = kernels.groups.commit(
-        *(state, slot, none.long(), none, first, flat, zero, torch.ones_like(tokens), ~lse.isfinite()),
+        *(state, slot, none.long(), none, first, flat, zero, torch.ones_like(flat, dtype=torch.int64), ~lse.isfinite()),
         *(context.stop_tables, page_size),
     )
     index = torch.arange(particles, device=slot.device).expand(1, -1)
@@ -252,11 +249,18 @@ def _reset(state: GroupState, slot: Tensor, prompt_end: Tensor, last_token: Tens
 
 
 def _shape(
-    context: RoundContext, state: GroupState, slots: Tensor, logits: Tensor, temperature: Tensor, index: Tensor
+    context: RoundContext,
+    vocabulary: Vocabulary,
+    state: GroupState,
+    slots: Tensor,
+    logits: Tensor,
+    temperature: Tensor,
+    index: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """Apply the requests' filters, where this kind of round has any.
 
     Args:
+        vocabulary: of the model that made the logits.
         logits: [G * m, V] in group-major order; temperature, index: [G * m], index counts the tokens generated before
             each row.
     Returns:
@@ -264,14 +268,15 @@ def _shape(
     """
     if not context.kind.filtered:
         return logits, temperature
-    repeats, sampling = logits.shape[0] // slots.shape[0], context.kernels.sampling
+    repeats = logits.shape[0] // slots.shape[0]
 
     def rows(values: Tensor) -> Tensor:
         return per_row(values[slots], repeats)
 
-    scaled = sampling.scale(logits, temperature)
-    scaled = sampling.ban_tokens(scaled, rows(state.stop_ids), index < rows(state.min_tokens))
-    return sampling.apply_filters(scaled, rows(state.top_k), rows(state.top_p), rows(state.min_p)), None
+    scaled = context.kernels.sampling.scale(logits, temperature)
+    banned = index < rows(state.min_tokens)
+    filters = rows(state.top_k), rows(state.top_p), rows(state.min_p)
+    return vocabulary.filtered(scaled, rows(state.stop_ids), banned, *filters), None
 
 
 def _name(opened: Opened, purpose: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -299,9 +304,9 @@ def _propose(context: RoundContext, state: GroupState, slots: Tensor, opened: Op
     for step in range(k):
         hidden = draft.forward(inputs, opened.position, table, context.max_context, offset, shared)
         logits, heat = draft.logits(hidden[:, -1]), opened.draft_temperature
-        logits, heat = _shape(context, state, slots, logits, heat, opened.generated + step)
+        logits, heat = _shape(context, draft.vocabulary, state, slots, logits, heat, opened.generated + step)
         name = _name(opened, random.PURPOSE_DRAFT + random.PURPOSE_STRIDE * step)
-        drawn.append(sampling.sample(logits, heat, *name))
+        drawn.append(draft.vocabulary.sample(logits, heat, name))
         if context.kind.speculative:
             kept.append(logits if heat is None else sampling.scale(logits, heat))
         inputs, offset = drawn[-1].tokens[:, None], 1 + step
@@ -327,10 +332,10 @@ def _score(
     )
     index = opened.generated[:, None] + torch.arange(k + 1, device=slots.device)
     logits, heat = context.target.logits(hidden).flatten(0, 1), per_row(opened.temperature, k + 1)
-    logits, heat = _shape(context, state, slots, logits, heat, index.reshape(-1))
+    logits, heat = _shape(context, context.target.vocabulary, state, slots, logits, heat, index.reshape(-1))
     # Row k scores draft token k + 1; the last row scores nothing.
     tokens = functional.pad(draft.tokens, (0, 1), value=-1)
-    log_p, lse = context.kernels.sampling.score(logits, tokens.reshape(-1), heat)
+    log_p, lse = context.target.vocabulary.score(logits, tokens.reshape(-1), heat)
     shape = (groups, particles, k + 1)
     return Score(logits, heat, log_p.view(shape)[..., :k].contiguous(), lse.view(shape))
 
@@ -345,10 +350,10 @@ def _weigh(
     particles, rows = score.lse.shape[1:]
     # The bonus comes from the row after the last draft token that stands.
     first = torch.arange(opened.seed.shape[0], device=end.device) * rows
-    bonus = context.kernels.sampling.sample(
+    bonus = context.target.vocabulary.sample(
         score.logits,
         None if score.temperature is None else opened.temperature,
-        *_name(opened, random.PURPOSE_BONUS),
+        _name(opened, random.PURPOSE_BONUS),
         alpha=opened.alpha,
         rows=first + per_row(weighed.committed, particles),
     )
@@ -363,14 +368,16 @@ def _verify(
     Source: Leviathan, Kalman & Matias (2023), arXiv:2211.17192; Chen et al. (2023), arXiv:2302.01318.
     """
     assert draft.scaled is not None
+    assert context.draft is not None
     groups, particles, k = draft.tokens.shape
-    sampling = context.kernels.sampling
+    sampling, vocabulary = context.kernels.sampling, context.target.vocabulary
     scaled = score.logits if score.temperature is None else sampling.scale(score.logits, score.temperature)
     scaled = scaled.view(groups, particles, k + 1, -1)
-    p = (scaled * opened.group_alpha[:, None, None, None]).softmax(dim=-1, dtype=torch.float64)
-    q = draft.scaled.softmax(dim=-1, dtype=torch.float64)
-    p_token = p[:, :, :k].gather(3, draft.tokens[..., None])[..., 0]
-    q_token = q.gather(3, draft.tokens[..., None])[..., 0]
+    p = vocabulary.softmax(scaled * opened.group_alpha[:, None, None, None])
+    q = context.draft.vocabulary.softmax(draft.scaled)
+    p_token = vocabulary.pick(p[:, :, :k], draft.tokens)
+    q_token = context.draft.vocabulary.pick(q, draft.tokens)
+    q = vocabulary.own_columns(q, context.draft.vocabulary)
     purposes = [random.PURPOSE_ACCEPT + random.PURPOSE_STRIDE * step for step in range(k)]
     u = torch.stack([random.uniform(*_name(opened, purpose)) for purpose in purposes], dim=-1).view_as(p_token)
     committed = (u * q_token < p_token).long().cumprod(dim=-1).sum(dim=-1)[:, 0]
@@ -380,9 +387,9 @@ def _verify(
     # Row K is not preceded by a rejection: subtracting a zero row leaves p.
     q_row = torch.cat([q, torch.zeros_like(p[:, :, :1])], dim=2).gather(2, place).flatten(0, 2)
     residual = (p_row - q_row).clamp(min=0)
-    residual = torch.where(residual.sum(dim=-1, keepdim=True) > 0, residual, p_row)
-    bonus = sampling.draw(residual.log().to(torch.float32), *_name(opened, random.PURPOSE_RESIDUAL))
-    log_p, lse = sampling.log_prob(scaled.gather(2, place).flatten(0, 2), bonus)
+    residual = torch.where(vocabulary.total(residual)[:, None] > 0, residual, p_row)
+    bonus = vocabulary.sample(residual.log().to(torch.float32), None, _name(opened, random.PURPOSE_RESIDUAL)).tokens
+    log_p, lse = vocabulary.score(scaled.gather(2, place).flatten(0, 2), bonus, None)
     none = torch.zeros_like(failed)
     return Weighed(opened.log_weights, committed, none), Sampled(bonus, log_p, lse, torch.zeros_like(lse))
 

@@ -25,9 +25,12 @@ from typing import TextIO
 import torch
 from tqdm import tqdm
 
+from smc_engines.engine import Engine
 from smc_engines.executor import Executor
 from smc_engines.explain import genealogy_text, write_genealogy
 from smc_engines.outputs import RequestOutput
+from smc_engines.parallel.connect import launched_rank
+from smc_engines.parallel.launch import follow_rank_0, start_ranks
 from smc_engines.report import engine_lines, request_lines, summary_lines, to_json
 from smc_engines.run_batch import Batch
 from smc_engines.run_options import RunOptions, parse
@@ -47,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     try:
-        return _run(parse(argv))
+        options = parse(argv)
+        start_ranks(options.engine, "smc_engines.run_cli", sys.argv[1:] if argv is None else argv)
+        return _follow(options) if launched_rank() else _run(options)
     except SmcError as error:
         print(f"smc-run: {error}", file=sys.stderr)
         return 1
@@ -66,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def _follow(options: RunOptions) -> int:
+    """On a rank other than 0."""
+    return follow_rank_0(lambda: Engine.from_dir(options.engine, options.executor), "smc-run")
+
+
 def _run(options: RunOptions) -> int:
     params = SamplingParams.from_mapping(options.sampling)
     _check_files(options)
@@ -76,7 +86,20 @@ def _run(options: RunOptions) -> int:
     say = _Narrator(options.quiet)
     say(f"loading  {options.engine}")
     started = time.perf_counter()
-    executor = Executor.from_engine_dir(options.engine, options.executor)
+    with contextlib.closing(Engine.from_dir(options.engine, options.executor)) as engine:
+        return _answer(options, Executor(engine), params, prompt, lines, say, started)
+
+
+def _answer(
+    options: RunOptions,
+    executor: Executor,
+    params: SamplingParams,
+    prompt: str | None,
+    lines: list[str] | None,
+    say: _Narrator,
+    started: float,
+) -> int:
+    """Answer the prompt or the file's lines on a loaded engine."""
     say(*engine_lines(executor.engine))
     prompts = PromptBuilder(executor.engine.tokenizer, options.chat, options.system)
     if lines is not None:

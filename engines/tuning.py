@@ -23,7 +23,7 @@ from torch import Tensor
 
 from smc_build.engine_dir import Manifest, Role
 from smc_build.model_config import ModelConfig
-from smc_build.network import ROWS, layer_inputs, region_specs
+from smc_build.network import ROWS, is_repeated, layer_inputs, region_layers, region_specs
 from smc_build.plan import round_rows
 from smc_build.plans import used_regions
 from smc_build.precision import Precision
@@ -61,7 +61,8 @@ def tune_engine(engine: Engine, rows: Mapping[Role, Sequence[int]] | None = None
     """Time an engine's regions on its GPU; one whose `regions` are `auto` uses the fastest from now on.
 
     Args:
-        engine: on a GPU; nothing may run on it meanwhile, and what its KV pages held is lost.
+        engine: on a GPU; nothing may run on it meanwhile, and what its KV pages held is lost. Of several ranks each must call
+            this at the same time; all get the same result.
         rows: numbers of rows to time for each model; None takes those of the engine's rounds.
         say: takes a line of progress.
     Returns:
@@ -82,6 +83,8 @@ def tune_engine(engine: Engine, rows: Mapping[Role, Sequence[int]] | None = None
             models[role] = tuner.tune(rows[role])
     gpu = torch.cuda.get_device_name(engine.device)
     tactics = {"gpu": gpu, "models": {role: found.to_dict() for role, found in models.items()}}
+    if engine.ranks is not None:
+        tactics = engine.ranks.gather_objects(tactics)[0]  # rank 0's clock decides for all
     engine.manifest = dataclasses.replace(manifest, tactics=tactics)
     for role, model in engine.models.items():
         model.regions = choose_regions(
@@ -189,10 +192,10 @@ class Tuner:
         return RegionTimes(choice, times)
 
     def _chain(self, region: str) -> Chain:
-        last = self._config.num_layers - 1
-        layers: Iterable[int | None] = range(last) if region == "block" else [None]
+        first, last = region_layers(self._config).get(region, (0, 0))
+        layers: Iterable[int | None] = range(first, last + 1) if is_repeated(region) else [None]
         calls = tuple((region, layer) for layer in layers)
-        bound = layer_inputs(self._config, region, 0 if region == "block" else None, self._precision)
+        bound = layer_inputs(self._config, region, _some_layer(region), self._precision)
         num_bytes = len(calls) * sum(self._weights[name].nbytes for name in bound.values())
         return Chain(calls if len(calls) >= 4 else calls * 4, num_bytes < _CACHED_BYTES)
 
@@ -209,7 +212,7 @@ class Tuner:
         return us - self._flush_us if chain.flush else us
 
     def _activations(self, region: str, rows: int) -> dict[str, Tensor]:
-        bound = layer_inputs(self._config, region, 0 if region == "block" else None, self._precision)
+        bound = layer_inputs(self._config, region, _some_layer(region), self._precision)
         embed = self._weights["embed"]
         generator = torch.Generator(embed.device).manual_seed(rows)
         return {
@@ -242,7 +245,7 @@ class Tuner:
                 candidates = self._candidates(name, count)
                 for tactic in [*candidates[1:], candidates[0]]:  # the default stays for the other products
                     runner.choose(name, count, tactic)
-                    runner.run(region, 0 if region == "block" else None, given)
+                    runner.run(region, _some_layer(region), given)
         capability = torch.cuda.get_device_capability(self._weights["embed"].device)
         compiled = precompile(recorded, capability[0] * 10 + capability[1])
         self._say(f"{compiled} kernels compiled")
@@ -252,6 +255,14 @@ def _region_of(product: str, config: ModelConfig) -> str:
     """The region whose chain times a product."""
     if product == "head":
         return "head"
+    if config.is_shard:
+        pieces = {"o": "attn_out", "gate_up": "feed_forward", "down": "feed_forward"}
+        return pieces.get(product, "next_qkv" if config.num_layers > 1 else "entry")
     if config.num_layers > 1:
         return "block"
     return "entry" if product == "qkv" else "exit"
+
+
+def _some_layer(region: str) -> int | None:
+    """A layer that has the region, where one must be named."""
+    return 0 if is_repeated(region) else None

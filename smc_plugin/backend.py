@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 KernelChoice = Literal["auto", "reference", "triton"]
-_MODULES = ("attention", "embedding", "groups", "pages", "resample", "sampling", "weights")
+_MODULES = ("attention", "embedding", "groups", "pages", "resample", "sampling", "shards", "weights")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Kernels:
     pages: ModuleType
     resample: ModuleType
     sampling: ModuleType
+    shards: ModuleType
     weights: ModuleType
 
 

@@ -36,3 +36,7 @@ class NumericalError(SmcError):
 
 class DegenerateWeightsError(SmcError):
     """A group has no particle with finite weight."""
+
+
+class RankError(SmcError):
+    """A tensor-parallel rank failed, or the ranks no longer agree."""

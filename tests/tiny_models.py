@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from smc_build.precision import QUANTIZABLE
+
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>")
 BOS_ID, EOS_ID = 256, 257
 BYTE_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
@@ -29,6 +31,21 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def in_fp8(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Canonical weights with their matrices in FP8, and the head where it is a weight of its own; each column has its scale."""
+    out = {}
+    for name, tensor in weights.items():
+        last = name.rpartition(".")[2]
+        if last not in QUANTIZABLE:
+            out[name] = tensor
+            continue
+        wide = tensor if last == "lm_head" else tensor.t()
+        scale = wide.abs().amax(dim=1) / 448
+        out[name] = (wide / scale[:, None]).to(torch.float8_e4m3fn).contiguous()
+        out |= {f"{name}_scale": scale, f"{name}_input_scale": torch.tensor([0.01])}
+    return out
 
 
 def make_checkpoint(

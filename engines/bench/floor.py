@@ -3,7 +3,8 @@
 Bytes: K draft passes and one target pass each read all weights of their model, the head included; the embedding is a
 look-up of a few rows and not counted, unless it is also the head. Each pass also reads the keys and values of its
 contexts. The full pages of a prompt are shared by the particles of its group and counted once, since one read can serve
-them all; what comes after is counted for each particle.
+them all; what comes after is counted for each particle. With several ranks all of this is one rank's, since they read
+at the same time.
 
 Worked example: a target of 540 MB and a draft of 170 MB, K = 4, contexts of no length, copy bandwidth 10 GB/s:
 (4 * 170 + 540) MB / 10 GB/s = 122 ms for 5 tokens; a round that takes 244 ms is at 0.5 of the floor.
@@ -44,9 +45,10 @@ def floor_bytes(engine: Engine, case: Case, context_tokens: float) -> float:
 def pass_bytes(engine: Engine, role: Role, case: Case, context_tokens: float) -> float:
     """Bytes that one pass of one model cannot avoid reading."""
     config, precision = engine.models[role].config, engine.precisions[role]
-    table_bytes = config.vocab_size * config.hidden_size * dtype_bytes(precision.activations)
+    rows = config.embedding_rows - (config.vocab_size if config.tied_head else 0)
+    look_up = rows * config.hidden_size * dtype_bytes(precision.activations)
     kv = kv_tokens(case, context_tokens, engine.page_size) * config.kv_bytes_per_token(precision.kv)
-    return weight_bytes(config, precision) - (0 if config.tied_head else table_bytes) + kv
+    return weight_bytes(config, precision) - look_up + kv
 
 
 def kv_tokens(case: Case, context_tokens: float, page_size: int) -> float:

@@ -25,11 +25,12 @@ from smc_engines.bench.trace import Event
 # First match wins. cuBLAS's names on Hopper begin with nvjet or sm90_xmma, TensorRT's with __myl or contain gemm.
 _KIND_PATTERNS = (
     ("page copy", r"^_copy_kernel"),
+    ("collective", r"nccl|one_shot|all_reduce|symm_mem"),
     (
         "bookkeeping",
         r"^_(open|ends|commit|inherit|close|take_pages|assign|fork|release|weigh|round_end|summary|ancestors)_kernel",
     ),
-    ("sampling", r"^_(partial|combine|filter)_kernel|sampl"),
+    ("sampling", r"^_(partial|combine|filter|fold|join)_kernel|sampl"),
     ("reduce", r"splitk_?reduce|reduce_kernel.*gemm"),
     ("head", r"lm_?head|_head_kernel"),
     ("product", r"_linear_kernel|_gated_kernel|gemm|gemv|gemt|matmul|nvjet|xmma|cutlass|cublas|wgmma|__myl|product"),
@@ -47,7 +48,7 @@ GROUPS = (
     *("draft products", "draft head", "draft attention", "draft other"),
     *("target products", "target head", "target attention", "target other"),
     *("products", "head", "attention"),
-    *("sampling", "bookkeeping", "page copy", "other"),
+    *("sampling", "bookkeeping", "page copy", "collective", "other"),
 )
 
 

@@ -28,9 +28,6 @@ from smc_engines.request import Phase, Request
 from smc_engines.sampling_params import SamplingParams
 from smc_plugin.errors import ConfigError
 
-# ESS is at most N, so a round whose θ is 2 resamples whatever its weights are. The request's own range ends at 1.
-_ALWAYS = 2.0
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -116,9 +113,7 @@ class Bench:
         while any(request.phase is not Phase.DECODE for request in requests):
             _raise_errors(executor.step())
         if case.resampling == "every":
-            with torch.inference_mode():
-                for request in requests:
-                    executor.slots.state.ess_threshold[request.slot] = _ALWAYS
+            executor.force_resampling()
         return requests
 
     def stop(self, requests: Sequence[Request]) -> None:

@@ -36,7 +36,7 @@ def describe(engine: Engine, case: Case, copy_tb_per_s: float) -> dict[str, Any]
     manifest = engine.manifest
     return {
         "gpu": device_name(engine.device),
-        "num_gpus": 1 if engine.device.type == "cuda" else 0,
+        "num_gpus": manifest.tp if engine.device.type == "cuda" else 0,
         "preset": manifest.name,
         "draft": manifest.draft.source if manifest.draft is not None else None,
         "dtype": describe_types(engine.precisions),
@@ -61,9 +61,14 @@ def describe(engine: Engine, case: Case, copy_tb_per_s: float) -> dict[str, Any]
 
 
 def make_row(
-    engine: Engine, case: Case, samples: Sequence[Sample], temperature: float, copy_tb_per_s: float
+    engine: Engine,
+    case: Case,
+    samples: Sequence[Sample],
+    temperature: float,
+    copy_tb_per_s: float,
+    collectives_us: float = 0.0,
 ) -> dict[str, Any]:
-    """One row of the report."""
+    """One row of the report; collectives_us is what a round's collectives take alone (see bench.collectives)."""
     speeds = [sample.tokens_per_s for sample in samples]
     times = [sample.ms_per_round for sample in samples]
     context = statistics.fmean(sample.context_tokens for sample in samples)
@@ -89,6 +94,8 @@ def make_row(
         "floor_bytes": num_bytes,
         "floor_ms": floor_ms,
         "floor_fraction": floor_ms / statistics.median(times),
+        "collectives_us": collectives_us,
+        "collectives_share": collectives_us / 1e3 / statistics.median(times),
         "floor_tokens_per_s": 1e3 * case.point.batch * tokens_per_round / floor_ms,
     }
 
@@ -179,7 +186,12 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
             lines.append(
                 f"{mode:12} {row['floor_fraction']:.1%} of the floor: {row['ms_per_round']:.3f} ms a round, "
                 f"{row['floor_ms']:.3f} ms to read {row['floor_bytes'] / 1e9:.2f} GB"
+                + (f" on each of {row['tp']} ranks" if row["tp"] > 1 else "")
             )
+            if row["tp"] > 1:
+                lines.append(
+                    f"{'':12} {row['collectives_share']:.1%} of it in collectives ({row['collectives_us']:.0f} us)"
+                )
     base, target = rows.get(("smc", "base", "default")), rows.get(("target", "base", "default"))
     if base and target:
         lines.append(f"smc/target   {base['tokens_per_s'] / target['tokens_per_s']:.2f}")

@@ -16,7 +16,10 @@ from pathlib import Path
 import zmq
 
 from smc_engines.config import ExecutorConfig
+from smc_engines.engine import Engine
 from smc_engines.executor import Executor
+from smc_engines.parallel.connect import launched_rank
+from smc_engines.parallel.launch import follow_rank_0
 from smc_engines.serving.logs import Log
 from smc_engines.serving.service import ExecutorService
 from smc_plugin.errors import SmcError
@@ -35,8 +38,9 @@ def serve(engine: str, address: str, config: ExecutorConfig, show_text: bool, dr
         SmcError: the engine directory cannot be loaded.
     """
     log = Log("executor")
-    executor = Executor.from_engine_dir(engine, config)
-    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+    loaded = Engine.from_dir(Path(engine), config)
+    executor = Executor(loaded)
+    with contextlib.closing(loaded), zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER)
         socket.setsockopt(zmq.RCVHWM, 0)
@@ -48,7 +52,7 @@ def serve(engine: str, address: str, config: ExecutorConfig, show_text: bool, dr
             signal.signal(number, lambda *_: service.drain())
         log.info("ready", engine=str(engine), address=address, pages=executor.stats.pages_total, pid=os.getpid())
         service.run()
-    executor.check_integrity()
+        executor.check_integrity()
     log.info("drained")
 
 
@@ -81,6 +85,8 @@ def main() -> int:
             num_pages=options.num_pages,
             verify=not options.no_verify,
         )
+        if launched_rank():
+            return follow_rank_0(lambda: Engine.from_dir(Path(options.engine), config), "smc-executor")
         serve(options.engine, options.address, config, options.show_text, options.drain_seconds)
     except SmcError as error:
         print(f"smc-executor: {error}", file=sys.stderr)

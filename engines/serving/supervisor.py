@@ -28,6 +28,8 @@ from subprocess import Popen
 import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
+from smc_build.engine_dir import load_manifest
+from smc_engines.parallel.launch import rank_command, rank_environment
 from smc_engines.serving import tritonserver
 from smc_engines.serving.control import ControlLine
 from smc_engines.serving.logs import Log
@@ -84,9 +86,10 @@ class ServeOptions:
     log_file: str | None = None
 
 
-def executor_command(options: ServeOptions, address: str) -> list[str]:
-    """The command that starts the executor; where ranks come, it becomes an mpirun."""
-    command = [sys.executable, "-m", "smc_engines.serving.executor_process"]
+def executor_command(options: ServeOptions, address: str, tp: int = 1) -> list[str]:
+    """The command that starts the executor; with several ranks it is an mpirun."""
+    module = "smc_engines.serving.executor_process"
+    command = [sys.executable, "-m", module] if tp == 1 else rank_command(tp, module, [])
     command += ["--engine", options.engine, "--address", address, "--device", options.device]
     command += ["--max-queue", str(options.max_queue), "--drain-seconds", str(options.drain_s)]
     for name in ("max_groups", "num_pages"):
@@ -132,6 +135,7 @@ class Supervisor:
         self.options, self.ports, self.openai_port = options, ports, openai_port
         self._installation = installation
         self._log = Log("supervisor")
+        self._tp = load_manifest(Path(options.engine), verify=False).tp
         remove_leftovers()
         self.folder = Path(tempfile.mkdtemp(prefix=f"{RUNTIME_PREFIX}{os.getpid()}-"))
         self._shm_prefix = f"{RUNTIME_PREFIX}{os.getpid()}-"
@@ -315,7 +319,8 @@ class Supervisor:
                 region.unlink(missing_ok=True)
 
     def _start_executor(self) -> Popen[bytes]:
-        return self._spawn(executor_command(self.options, self._address), os.environ)
+        environment = os.environ if self._tp == 1 else rank_environment(self._tp)
+        return self._spawn(executor_command(self.options, self._address, self._tp), environment)
 
     def _start_server(self) -> Popen[bytes]:
         command = tritonserver.command(self._installation, self._backends, self.ports, self._shm_prefix)
@@ -355,7 +360,10 @@ class Supervisor:
             self._prober.close()
         executor = self.executor.process
         if executor is not None and executor.poll() is None:
-            executor.terminate()
+            if self._tp == 1:
+                executor.terminate()
+            else:
+                self.control.drain()  # mpirun would pass a signal on to every rank and not wait
             with contextlib.suppress(Exception):
                 executor.wait(self.options.drain_s + DRAIN_MARGIN_S)
 

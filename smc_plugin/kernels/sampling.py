@@ -11,6 +11,8 @@ a few numbers, or once a request.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -62,6 +64,7 @@ def _partial_kernel(
     parts,
     best_tokens,
     vocab_size,
+    first_block,
     tiles_per_split,
     num_splits,
     INDIRECT: tl.constexpr,
@@ -99,7 +102,7 @@ def _partial_kernel(
             value = value * power
             powered_top, powered_total = _add_to_lse(value, valid, powered_top, powered_total)
         if RACE:
-            race = value - race_noise(row_seed, start // 4, row_step, row_lane, row_purpose, BLOCK)
+            race = value - race_noise(row_seed, first_block + start // 4, row_step, row_lane, row_purpose, BLOCK)
             # A NaN never wins, so that some valid token does.
             race = tl.where(valid & (race == race), race, float("-inf"))  # noqa: PLR0124
             winner, place = tl.max(race, axis=0, return_indices=True, return_indices_tie_break_left=True)
@@ -186,6 +189,49 @@ def _splits(rows: int, vocab_size: int, device: torch.device) -> tuple[int, int]
     return tiles_per_split, cdiv(tiles, tiles_per_split)
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What the programs of each row leave: parts [R, splits, _PARTS] float32, best [R, splits] int32, and what they read."""
+
+    logits: Tensor
+    parts: Tensor
+    best: Tensor
+
+
+def _run_parts(
+    logits: Tensor,
+    rows: Tensor | None,
+    temperature: Tensor | None,
+    alpha: Tensor | None,
+    names: tuple[Tensor, ...] | None,
+    first_token: int = 0,
+) -> Parts:
+    """The first kernel; None switches a part off. Random numbers are those of tokens from first_token on."""
+    count = logits.shape[0] if rows is None else rows.shape[0]
+    vocab_size, device = logits.shape[-1], logits.device
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    tiles_per_split, num_splits = _splits(count, vocab_size, device)
+    parts = torch.empty((count, num_splits, _PARTS), dtype=torch.float32, device=device)
+    best = torch.empty((count, num_splits), dtype=torch.int32, device=device)
+    # Pointers that a variant does not read still need some tensor.
+    seed, step, lane, purpose = (name.contiguous() for name in names) if names else (best,) * 4
+    launch(
+        _partial_kernel,
+        (num_splits, count),
+        *(logits, logits.stride(0), best if rows is None else rows.contiguous()),
+        *(parts if temperature is None else temperature.contiguous(), parts if alpha is None else alpha.contiguous()),
+        *(seed, step, lane, purpose, parts, best, vocab_size, first_token // 4, tiles_per_split, num_splits),
+        INDIRECT=rows is not None,
+        SCALED=temperature is not None,
+        POWERED=alpha is not None,
+        RACE=names is not None,
+        BLOCK=_BLOCK,
+        NUM_PARTS=_PARTS,
+        num_warps=4,
+    )
+    return Parts(logits, parts, best)
+
+
 def _run(
     logits: Tensor,
     rows: Tensor | None,
@@ -195,41 +241,23 @@ def _run(
     tokens: Tensor | None,
 ) -> Sampled:
     """Both kernels; None switches a part off. With neither names nor tokens only lse (and zeta) mean anything."""
-    count = logits.shape[0] if rows is None else rows.shape[0]
-    vocab_size, device = logits.shape[-1], logits.device
-    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-    tiles_per_split, num_splits = _splits(count, vocab_size, device)
-    parts = torch.empty((count, num_splits, _PARTS), dtype=torch.float32, device=device)
-    best = torch.empty((count, num_splits), dtype=torch.int32, device=device)
+    made = _run_parts(logits, rows, temperature, alpha, names)
+    (count, num_splits, _), device = made.parts.shape, logits.device
     chosen = tokens if tokens is not None else torch.empty(count, dtype=torch.int64, device=device)
     log_p, lse = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(2))
     zeta = torch.empty_like(lse)
-    # Pointers that a variant does not read still need some tensor.
-    seed, step, lane, purpose = (name.contiguous() for name in names) if names else (chosen,) * 4
-    flags = {
-        "INDIRECT": rows is not None,
-        "SCALED": temperature is not None,
-        "POWERED": alpha is not None,
-        "RACE": names is not None,
-        "NUM_PARTS": _PARTS,
-    }
-    index = chosen if rows is None else rows.contiguous()
-    temperature = lse if temperature is None else temperature.contiguous()
-    power = lse if alpha is None else alpha.contiguous()
-    launch(
-        _partial_kernel,
-        (num_splits, count),
-        *(logits, logits.stride(0), index, temperature, power, seed, step, lane, purpose, parts, best),
-        *(vocab_size, tiles_per_split, num_splits),
-        **flags,
-        BLOCK=_BLOCK,
-        num_warps=4,
-    )
     launch(
         _combine_kernel,
         (count,),
-        *(logits, logits.stride(0), index, temperature, power, parts, best, chosen, log_p, lse, zeta, num_splits),
-        **flags,
+        *(made.logits, made.logits.stride(0), chosen if rows is None else rows.contiguous()),
+        # Pointers that a variant does not read still need some tensor.
+        *(lse if temperature is None else temperature.contiguous(), lse if alpha is None else alpha.contiguous()),
+        *(made.parts, made.best, chosen, log_p, lse, zeta, num_splits),
+        INDIRECT=rows is not None,
+        SCALED=temperature is not None,
+        POWERED=alpha is not None,
+        RACE=names is not None,
+        NUM_PARTS=_PARTS,
         CHOSEN=names is not None or tokens is not None,
         SPLITS=next_power_of_2(num_splits),
         num_warps=1,

@@ -20,7 +20,8 @@ def graph_times_us(calls: Sequence[Callable[[], object]], replays: int, warm_up:
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Threads of NCCL look at their events meanwhile, which must not end the capture.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for call in calls:
             call()
     times = []

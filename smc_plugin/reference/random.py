@@ -57,7 +57,9 @@ def uniform(seed: Tensor, step: Tensor, lane: Tensor, purpose: Tensor) -> Tensor
     return word.to(torch.float64) * 2.0**-32
 
 
-def exponential(seed: Tensor, step: Tensor, lane: Tensor, purpose: Tensor, vocab_size: int) -> Tensor:
+def exponential(
+    seed: Tensor, step: Tensor, lane: Tensor, purpose: Tensor, vocab_size: int, first_token: int = 0
+) -> Tensor:
     """Standard exponential noise over the vocabulary.
 
     Word j of block b belongs to token 4 b + j. The uniform (word + 1/2) / 2^32 is mapped by -log1p(-u), which keeps full
@@ -65,10 +67,11 @@ def exponential(seed: Tensor, step: Tensor, lane: Tensor, purpose: Tensor, vocab
 
     Args:
         seed, step, lane, purpose: [R] int64.
+        vocab_size: how many tokens. first_token: the number of the first, a multiple of 4.
     Returns:
         [R, vocab_size] float32, positive and finite.
     """
-    blocks = torch.arange((vocab_size + 3) // 4, device=seed.device)
+    blocks = first_token // 4 + torch.arange((vocab_size + 3) // 4, device=seed.device)
     words = philox(seed[:, None], blocks[None, :], step[:, None], lane[:, None], purpose[:, None])
     uniforms = torch.stack([(word.to(torch.float32) + 0.5) * 2.0**-32 for word in words], dim=-1)
     # The 128 largest words round up to 1, whose infinite noise would hide the only possible token from a race.

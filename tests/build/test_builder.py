@@ -118,12 +118,14 @@ def test_a_preset_is_found_under_checkpoints(folder: Path, capsys: pytest.Captur
     assert manifest.draft.config.num_layers == 1
 
 
-def test_more_ranks_are_refused_after_the_plan(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--checkpoint", "llama-70b", "--tp", "4"]) == 1
+def test_the_plan_says_what_each_rank_gets(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--checkpoint", "llama-70b", "--tp", "16"]) == 1
     captured = capsys.readouterr()
     assert "70,553,706,496 parameters" in captured.out
-    assert "35.9 GB of weights" in captured.out
-    assert "--tp 4 asks for tensor parallelism" in captured.err
+    assert "11.6 GB of weights on each of 16 ranks" in captured.out
+    assert "target: 4 of 64 heads, 1 of 8 KV heads" in captured.out
+    assert "each KV head on 2 ranks" in captured.out
+    assert "free some, or choose another disk" in captured.err
 
 
 @pytest.mark.parametrize(

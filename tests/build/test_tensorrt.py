@@ -21,6 +21,7 @@ from smc_build.plan import row_buckets
 from smc_build.plans import build_network, build_plan, build_plans, static_shape, used_regions
 from smc_build.precision import resolve
 from smc_build.presets import PRESETS
+from smc_build.sharding import rank_config
 from smc_build.tensorrt_api import TensorrtApi, find, load
 from smc_build.torch_ops import Fp8InputOps, TorchOps
 from smc_plugin.errors import ConfigError, EngineDirError, SmcError
@@ -60,6 +61,19 @@ def random_inputs(spec: RegionSpec, rows: int, seed: int = 0) -> dict[str, torch
     return inputs
 
 
+def random_fp8_inputs(spec: RegionSpec, rows: int) -> dict[str, torch.Tensor]:
+    """The same with FP8 matrices and scales that make sense; nothing changes where there are none."""
+    inputs = random_inputs(spec, rows)
+    for tensor in spec.inputs:
+        if tensor.name.endswith("_input_scale"):
+            inputs[tensor.name] = torch.tensor([0.011])
+        elif tensor.name.endswith("_scale"):
+            inputs[tensor.name] = inputs[tensor.name].abs() / 100 + 0.003
+        elif tensor.dtype == "float8_e4m3fn":
+            inputs[tensor.name] = (inputs[tensor.name].float() * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return inputs
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("region", REGIONS)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -80,6 +94,33 @@ def test_every_region_compiles_with_the_spec_as_its_interface(
     assert (plan.region, plan.rows) == (region, 16)
     # Shapes are static and weights are inputs: the plan holds kernels, not a byte of a weight.
     assert all(name.encode() in plan.data for name, _, _ in expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp8"])
+@pytest.mark.parametrize("region", ["attn_out", "feed_forward", "next_qkv", "final", "head"])
+def test_a_ranks_regions_compile_and_mean_what_torch_computes(
+    api: TensorrtApi, configs: dict[str, ModelConfig], region: str, dtype: str
+) -> None:
+    own = rank_config(configs["qwen2"], 2)
+    spec = region_specs(own, resolve(dtype, None, None, None)[0])[region]
+    recorded, inputs = build_network(api, spec, 16), random_fp8_inputs(spec, 16)
+    ours = interpret(api.trt, recorded.network, recorded.ops.constants, inputs)
+    for name, tensor in spec.build(Fp8InputOps(), inputs).items():
+        scale = tensor.float().abs().max()
+        assert (ours[f"{name}_out"].float() - tensor.float()).abs().max() < (4e-2 if dtype == "fp8" else 2e-2) * scale
+    plan = build_plan(api, spec, 16)
+    assert all(tensor.name.encode() in plan.data for tensor in (*spec.inputs, *spec.outputs))
+
+
+def test_an_engine_of_two_ranks_holds_one_set_of_plans(api: TensorrtApi, tmp_path: Path) -> None:
+    """Every rank has the same shapes, so all of them run the same plans."""
+    model = make_checkpoint(tmp_path / "t", "llama", tokenizer=False)
+    command = ["--checkpoint", str(model), "--draft", str(model), "--tp", "2", "--draft-tp", "1", "--dtype", "bfloat16"]
+    command += ["--particles", "2", "--draft-tokens", "1", "--groups", "1", "--compiler", "tensorrt-rtx", "--no-tune"]
+    assert main([*command, "--output", str(tmp_path / "e")]) == 0
+    files = load_manifest(tmp_path / "e").plans["files"]
+    assert list(files["target"]) == ["entry", "attn_out", "feed_forward", "next_qkv", "final", "head"]
+    assert list(files["draft"]) == ["entry", "block", "exit", "head"]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
@@ -107,14 +148,7 @@ def test_fp8_regions_compile_and_mean_what_torch_computes(
     precision = resolve("fp8", None, head_dtype, None)[0]
     config = dataclasses.replace(configs[family], tied_head=False)
     spec = region_specs(config, precision)[region]
-    inputs = random_inputs(spec, 16)
-    for tensor in spec.inputs:
-        if tensor.name.endswith("_input_scale"):
-            inputs[tensor.name] = torch.tensor([0.011])
-        elif tensor.name.endswith("_scale"):
-            inputs[tensor.name] = inputs[tensor.name].abs() / 100 + 0.003
-        elif tensor.dtype == "float8_e4m3fn":
-            inputs[tensor.name] = (inputs[tensor.name].float() * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+    inputs = random_fp8_inputs(spec, 16)
     recorded = build_network(api, spec, 16)
     kinds = [recorded.network.get_layer(index).type for index in range(recorded.network.num_layers)]
     products = sum(tensor.dtype == "float8_e4m3fn" for tensor in spec.inputs)

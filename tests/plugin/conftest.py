@@ -9,7 +9,7 @@ from pathlib import Path
 INTERPRETED_FILES = (
     *("test_kernels_sampling.py", "test_kernels_weights.py", "test_kernels_pages.py"),
     *("test_kernels_attention.py", "test_kernels_matmul.py", "test_kernels_executor.py"),
-    "test_kernels_embedding.py",
+    *("test_kernels_embedding.py", "test_kernels_shards.py"),
 )
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

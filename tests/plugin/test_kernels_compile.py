@@ -5,7 +5,19 @@ import torch
 from torch import Tensor
 
 from smc_plugin.group_state import GroupState
-from smc_plugin.kernels import attention, embedding, groups, launch, matmul, pages, resample, sampling, weights
+from smc_plugin.kernels import (
+    attention,
+    embedding,
+    groups,
+    launch,
+    matmul,
+    pages,
+    resample,
+    residual_norm,
+    sampling,
+    shards,
+    weights,
+)
 from smc_plugin.kernels.compile import Compiled, compile_recorded, precompile
 
 FP8, BF16, F32, F64, I32, I64 = (
@@ -51,6 +63,20 @@ def test_sampling() -> None:
     compiled = compile_all(recorded)
     assert all(one.spill_bytes == 0 for one in compiled)
     assert "ld.global.v4" in compiled[0].ptx  # 16-byte loads of the logits
+
+
+def test_a_rank_of_two() -> None:
+    """What tensor parallelism adds: a rank's statistics, what joins them, and the residual after a sum over ranks."""
+    names = tuple(meta(8, dtype=I64) for _ in range(4))
+    heat, wide = meta(8, dtype=F32), meta(72, VOCAB // 2, dtype=F32)
+    with launch.recording() as recorded:
+        shards.shard_stats(meta(8, VOCAB // 2, dtype=F32), heat, VOCAB // 2, names)
+        shards.shard_stats(wide, heat, VOCAB // 2, names, heat, meta(8, dtype=I64))
+        shards.shard_stats(wide, meta(72, dtype=F32), 0, tokens=meta(72, dtype=I64))
+        shards.combine(meta(2, 8, shards.NUM_STATS, dtype=F32), heat)
+        shards.combine(meta(2, 72, shards.NUM_STATS, dtype=F32), None, meta(72, dtype=I64))
+        residual_norm.add_and_norm(meta(72, 8192), meta(72, 8192), meta(8192), 1e-5)
+    assert all(one.spill_bytes == 0 for one in compile_all(recorded))
 
 
 @pytest.mark.parametrize("particles", [8, 64])

@@ -1,0 +1,164 @@
+"""Ranks on GPUs, one each. Run it under mpirun; alone, or with too few GPUs, it is skipped:
+
+    mpirun -n 2 python -m pytest -q tests/gpu/test_parallel.py
+
+Every rank runs every test, so the ranks meet in each collective; what rank 0 asserts, the others follow.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+
+from smc_build.builder import BuildOptions
+from smc_engines.config import ExecutorConfig
+from smc_engines.engine import Engine
+from smc_engines.executor import Executor
+from smc_engines.launch import capture
+from smc_engines.outputs import RequestOutput
+from smc_engines.parallel.connect import connect, launched_rank
+from smc_engines.parallel.follower import follow
+from smc_engines.parallel.nccl import NcclRanks
+from smc_engines.sampling_params import SamplingParams
+from tests.gpu.helpers import relative_error
+from tests.tiny_models import make_checkpoint
+from tests.toy import assert_empty, info_of
+
+SIZE = int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", "1")))
+pytestmark = pytest.mark.skipif(
+    launched_rank() is None or torch.cuda.device_count() < SIZE or SIZE < 2, reason="needs mpirun -n 2 and 2 GPUs"
+)
+
+SHARED = {"max_tokens": 40, "ignore_eos": True, "seed": 5}
+PARAMS = [
+    SamplingParams(num_particles=8, num_draft_tokens=4, **SHARED),
+    SamplingParams(num_particles=4, num_draft_tokens=4, power_alpha=1.5, ess_threshold=1.0, **SHARED),
+    SamplingParams(num_particles=4, num_draft_tokens=4, top_k=20, top_p=0.9, min_p=0.01, **SHARED),
+    SamplingParams(mode="target", temperature=0, **SHARED),
+    SamplingParams(mode="speculative", num_draft_tokens=4, **SHARED),
+]
+PROMPTS = [[7, 9, 250, 3]] * len(PARAMS)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[NcclRanks]:
+    """The connected ranks; must be closed before an engine connects again."""
+    connected = connect(SIZE, ExecutorConfig(device="cuda"))
+    assert isinstance(connected, NcclRanks)
+    yield connected
+    connected.close()
+
+
+def values_of(rank: int, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(rank)
+    return torch.randn((rows, width), generator=generator, device="cuda").to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 8, 72, 2000])
+def test_all_reduce_is_the_sum_and_the_same_on_all(ranks: NcclRanks, rows: int, dtype: torch.dtype) -> None:
+    x = values_of(ranks.rank, rows, 4096, dtype)
+    expected = sum(values_of(rank, rows, 4096, dtype).double() for rank in range(ranks.size))
+    graph, out = capture(lambda: ranks.all_reduce(x.clone()))
+    graph.replay()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert relative_error(out, expected) < (1e-2 if dtype == torch.bfloat16 else 1e-5)  # type: ignore[arg-type]
+    assert len(set(ranks.gather_objects(out.view(torch.uint8).cpu().numpy().tobytes()))) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_one_shot_exchange_is_nccls_sum(ranks: NcclRanks, dtype: torch.dtype) -> None:
+    """Also where timing at the start preferred NCCL. Many in a row, so that one must not overtake another's buffer."""
+    if dtype not in ranks._buffers:
+        pytest.skip("this machine maps no memory between processes")
+    for seed in range(50):
+        x = values_of(ranks.rank + 10 * seed, 72, 4096, dtype)
+        found, expected = ranks._one_shot(x), ranks._nccl_all_reduce(x.clone())
+        assert relative_error(found, expected) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(8, 7), (72, 7), (3, 5), (2,), (72, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+def test_all_gather_keeps_every_value(ranks: NcclRanks, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def own(rank: int) -> torch.Tensor:
+        values = torch.arange(torch.Size(shape).numel(), device="cuda").view(shape) * (rank + 1)
+        made = values.to(dtype)
+        if dtype.is_floating_point:
+            made.view(-1)[0] = float("-inf")
+            made.view(-1)[1] = float("nan") if rank == 1 else 0.1
+        return made
+
+    expected = torch.stack([own(rank) for rank in range(ranks.size)])
+    x = own(ranks.rank)
+    graph, out = capture(lambda: ranks.all_gather(x))
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_timings_are_rank_0s(ranks: NcclRanks) -> None:
+    assert len({str(each) for each in ranks.gather_objects((ranks.one_shot_bytes, ranks.timings))}) == 1
+    if ranks.rank == 0:
+        print(f"one-shot up to {ranks.one_shot_bytes} bytes; microseconds {ranks.timings}")
+
+
+def options(folder: Path, tp: int, dtype: str, **changes) -> BuildOptions:
+    sizes = {"hidden": 256, "heads": 8, "kv_heads": 2, "ffn": 512, "max_position": 512, "tokenizer": False}
+    for name, layers, seed in (("target", 3, 1), ("draft", 1, 2)):
+        if not (folder / name).exists():
+            make_checkpoint(folder / name, "llama", layers=layers, seed=seed, scale=1.5, **sizes)
+    return BuildOptions(
+        *(str(folder / "target"), str(folder / "draft")), tp=tp, dtype=dtype, compiler="torch", particles=8, draft_tokens=4,
+        groups=len(PARAMS), max_seq_len=200, random_weights=True, **changes,
+    )  # fmt: skip
+
+
+def answers(options: BuildOptions, config: ExecutorConfig) -> list[RequestOutput] | None:
+    """What rank 0 gets; None on the ranks that follow."""
+    engine = Engine.from_random(options, config)
+    if engine.rank > 0:
+        follow(engine)
+        return None
+    with closing(engine):
+        executor = Executor(engine)
+        outputs = executor.generate(PROMPTS, PARAMS)
+        assert_empty(executor)
+        return outputs
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize(("regions", "draft_tp"), [("torch", None), ("fused", None), ("fused", 1)])
+def test_captured_rounds_say_what_one_gpu_says(
+    tmp_path: Path, overlap: bool, regions: str, draft_tp: int | None
+) -> None:
+    """In float32, token for token, all modes and filters; draft cut or whole."""
+    config = ExecutorConfig(device="cuda", regions=regions, overlap=overlap, num_pages=400)  # type: ignore[arg-type]
+    found = answers(options(tmp_path, SIZE, "float32", draft_tp=draft_tp), config)
+    if found is None:
+        return
+    expected = answers(options(tmp_path, 1, "float32"), config)
+    assert expected is not None
+    for case, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert ours.token_ids == theirs.token_ids, case
+        assert info_of(ours).log_evidence == pytest.approx(info_of(theirs).log_evidence, abs=1e-2), case
+
+
+def test_bfloat16_rounds_run_and_weigh_alike(tmp_path: Path) -> None:
+    """Rounding makes other tokens before long, so only the first ones, and finite weights, are compared."""
+    config = ExecutorConfig(device="cuda", num_pages=400)
+    found = answers(options(tmp_path, SIZE, "bfloat16"), config)
+    if found is None:
+        return
+    expected = answers(options(tmp_path, 1, "bfloat16"), config)
+    assert expected is not None
+    for ours, theirs in zip(found, expected, strict=True):
+        assert len(ours.token_ids) == len(theirs.token_ids) == SHARED["max_tokens"]
+        assert abs(info_of(ours).log_evidence) < float("inf")
+    same = sum(ours.token_ids[0] == theirs.token_ids[0] for ours, theirs in zip(found, expected, strict=True))
+    assert same >= len(PARAMS) - 1
