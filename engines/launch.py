@@ -48,6 +48,10 @@ class Launcher:
         self._device = device
         self._graphs: dict[tuple[RoundKind, int], _CapturedRound] = {}
 
+    def forget(self) -> None:
+        """Drop every captured round; NCCL does not end while a graph still holds collectives of it."""
+        self._graphs.clear()
+
     def launch(self, context: RoundContext, slots: Sequence[int]) -> Flight:
         """Start a round for some slots."""
         if self._device.type != "cuda":
