@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,6 +107,7 @@ class Engine:
     ) -> None:
         self.manifest = manifest
         self.ranks = ranks
+        self._at_close: list[weakref.WeakMethod] = []
         self.path = path or Path(manifest.name)
         self.plan_folder = path if manifest.plans else None
         self.config = config
@@ -182,10 +184,18 @@ class Engine:
         return 0 if self.ranks is None else self.ranks.rank
 
     def close(self) -> None:
-        """Let the other ranks go; an engine of one rank has nothing to do. Call it once, last."""
+        """Let the other ranks go; an engine of one rank has nothing to do. Call it last; no executor may step afterwards."""
         if self.ranks is not None:
+            for reference in self._at_close:
+                release = reference()
+                if release is not None:
+                    release()
             lockstep.leave(self.ranks)
             self.ranks = None
+
+    def at_close(self, release: Callable[[], None]) -> None:
+        """Call a method of something that lives on this engine before the ranks part, if it is still there then."""
+        self._at_close.append(weakref.WeakMethod(release))
 
     @property
     def models(self) -> dict[Role, PagedModel]:

@@ -69,6 +69,7 @@ class Executor:
         self.scheduler = Scheduler(engine.max_groups, engine.config.max_queue)
         self._publisher = Publisher(self.slots.state)
         self._launcher = Launcher(self.slots.state, engine.device)
+        engine.at_close(self._launcher.forget)
         self._overlap = engine.config.overlap if engine.config.overlap is not None else engine.device.type == "cuda"
         self._in_flight: list[tuple[list[Request], Flight]] = []
         self._cancelled: list[str] = []

@@ -58,6 +58,10 @@ class Launcher:
         longest = min([tokens for tokens in _CONTEXTS if context.max_context <= tokens < longest], default=longest)
         return context.kind, bucket, longest
 
+    def forget(self) -> None:
+        """Drop every captured round; NCCL does not end while a graph still holds collectives of it."""
+        self._graphs.clear()
+
     def launch(self, context: RoundContext, slots: Sequence[int]) -> Flight:
         """Start a round for some slots."""
         if self._device.type != "cuda":

@@ -18,12 +18,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
+from smc_engines.parallel.heartbeat import deadline
 from smc_engines.parallel.mpi import MpiRanks
 from smc_plugin.kernels.timing import graph_times_us
 
 _LARGEST_ONE_SHOT = 4 << 20
 _TIMED_BYTES = (16 << 10, 64 << 10, 256 << 10, 1 << 20, _LARGEST_ONE_SHOT)
 _CALLS, _REPLAYS = 20, 7
+_LEAVE_S = 30.0
 
 _log = logging.getLogger("smc_engines.parallel")
 
@@ -135,10 +137,11 @@ class NcclRanks:
 
     def close(self) -> None:
         """See Ranks."""
-        torch.cuda.synchronize()
-        self.gather_objects(None)  # NCCL's ends must not go while another rank still uses them
-        self._buffers.clear()
-        dist.destroy_process_group()
+        with deadline(self.rank, _LEAVE_S, "not all ranks ended their work on the GPU"):
+            torch.cuda.synchronize()
+            self.gather_objects(None)  # NCCL's ends must not go while another rank still uses them
+            self._buffers.clear()
+            dist.destroy_process_group()
         self._mpi.close()
 
 

@@ -45,9 +45,9 @@ PARAMS = [
 PROMPTS = [[7, 9, 250, 3]] * len(PARAMS)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def ranks() -> Iterator[NcclRanks]:
-    """The connected ranks; must be closed before an engine connects again."""
+    """The connected ranks; they part before an engine connects."""
     connected = connect(SIZE, ExecutorConfig(device="cuda"))
     assert isinstance(connected, NcclRanks)
     yield connected
@@ -59,53 +59,53 @@ def values_of(rank: int, rows: int, width: int, dtype: torch.dtype) -> torch.Ten
     return torch.randn((rows, width), generator=generator, device="cuda").to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("rows", [1, 8, 72, 2000])
-def test_all_reduce_is_the_sum_and_the_same_on_all(ranks: NcclRanks, rows: int, dtype: torch.dtype) -> None:
-    x = values_of(ranks.rank, rows, 4096, dtype)
-    expected = sum(values_of(rank, rows, 4096, dtype).double() for rank in range(ranks.size))
-    graph, out = capture(lambda: ranks.all_reduce(x.clone()))
-    graph.replay()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert relative_error(out, expected) < (1e-2 if dtype == torch.bfloat16 else 1e-5)  # type: ignore[arg-type]
-    assert len(set(ranks.gather_objects(out.view(torch.uint8).cpu().numpy().tobytes()))) == 1
+class TestCollectives:
+    """What the ranks do together, against what one computes."""
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("rows", [1, 8, 72, 2000])
+    def test_all_reduce_is_the_sum_and_the_same_on_all(self, ranks: NcclRanks, rows: int, dtype: torch.dtype) -> None:
+        x = values_of(ranks.rank, rows, 4096, dtype)
+        expected = sum(values_of(rank, rows, 4096, dtype).double() for rank in range(ranks.size))
+        graph, out = capture(lambda: ranks.all_reduce(x.clone()))
+        graph.replay()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert relative_error(out, expected) < (1e-2 if dtype == torch.bfloat16 else 1e-5)  # type: ignore[arg-type]
+        assert len(set(ranks.gather_objects(out.view(torch.uint8).cpu().numpy().tobytes()))) == 1
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_one_shot_exchange_is_nccls_sum(ranks: NcclRanks, dtype: torch.dtype) -> None:
-    """Also where timing at the start preferred NCCL. Many in a row, so that one must not overtake another's buffer."""
-    if dtype not in ranks._buffers:
-        pytest.skip("this machine maps no memory between processes")
-    for seed in range(50):
-        x = values_of(ranks.rank + 10 * seed, 72, 4096, dtype)
-        found, expected = ranks._one_shot(x), ranks._nccl_all_reduce(x.clone())
-        assert relative_error(found, expected) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_the_one_shot_exchange_is_nccls_sum(self, ranks: NcclRanks, dtype: torch.dtype) -> None:
+        """Also where timing at the start preferred NCCL. Many in a row, so that one must not overtake another's buffer."""
+        if dtype not in ranks._buffers:
+            pytest.skip("this machine maps no memory between processes")
+        for seed in range(50):
+            x = values_of(ranks.rank + 10 * seed, 72, 4096, dtype)
+            found, expected = ranks._one_shot(x), ranks._nccl_all_reduce(x.clone())
+            assert relative_error(found, expected) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
 
+    @pytest.mark.parametrize("shape", [(8, 7), (72, 7), (3, 5), (2,), (72, 256)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+    def test_all_gather_keeps_every_value(self, ranks: NcclRanks, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        def own(rank: int) -> torch.Tensor:
+            values = torch.arange(torch.Size(shape).numel(), device="cuda").view(shape) * (rank + 1)
+            made = values.to(dtype)
+            if dtype.is_floating_point:
+                made.view(-1)[0] = float("-inf")
+                made.view(-1)[1] = float("nan") if rank == 1 else 0.1
+            return made
 
-@pytest.mark.parametrize("shape", [(8, 7), (72, 7), (3, 5), (2,), (72, 256)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
-def test_all_gather_keeps_every_value(ranks: NcclRanks, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    def own(rank: int) -> torch.Tensor:
-        values = torch.arange(torch.Size(shape).numel(), device="cuda").view(shape) * (rank + 1)
-        made = values.to(dtype)
-        if dtype.is_floating_point:
-            made.view(-1)[0] = float("-inf")
-            made.view(-1)[1] = float("nan") if rank == 1 else 0.1
-        return made
+        expected = torch.stack([own(rank) for rank in range(ranks.size)])
+        x = own(ranks.rank)
+        graph, out = capture(lambda: ranks.all_gather(x))
+        graph.replay()
+        torch.cuda.synchronize()
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
-    expected = torch.stack([own(rank) for rank in range(ranks.size)])
-    x = own(ranks.rank)
-    graph, out = capture(lambda: ranks.all_gather(x))
-    graph.replay()
-    torch.cuda.synchronize()
-    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
-
-
-def test_timings_are_rank_0s(ranks: NcclRanks) -> None:
-    assert len({str(each) for each in ranks.gather_objects((ranks.one_shot_bytes, ranks.timings))}) == 1
-    if ranks.rank == 0:
-        print(f"one-shot up to {ranks.one_shot_bytes} bytes; microseconds {ranks.timings}")
+    def test_timings_are_rank_0s(self, ranks: NcclRanks) -> None:
+        assert len({str(each) for each in ranks.gather_objects((ranks.one_shot_bytes, ranks.timings))}) == 1
+        if ranks.rank == 0:
+            print(f"one-shot up to {ranks.one_shot_bytes} bytes; microseconds {ranks.timings}")
 
 
 def options(folder: Path, tp: int, dtype: str, **changes) -> BuildOptions:

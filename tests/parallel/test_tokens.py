@@ -67,32 +67,39 @@ def test_fp8_ranks_say_what_one_says(
     alone = answer(str(engine_of("llama", 1, **quantized)), PROMPTS, PARAMS) or []
     assert_same(found, alone)
     evidence = [[each["log_evidence"] for each in answers] for answers in (alone, expected["llama"])]
-    assert evidence[0] != pytest.approx(
-        evidence[1], abs=0.01
-    )  # FP8 is not float32, which a target that was never quantized would have met
+    # FP8 is not float32, which a target that was never quantized would have met.
+    assert evidence[0] != pytest.approx(evidence[1], abs=0.01)
     assert [(ours["error"], len(ours["tokens"])) for ours in random] == [("None", 12)] * len(PARAMS)
 
 
-@pytest.mark.skipif(not SMOLLM2[1].is_dir(), reason="needs the demonstration pair: make models")
-@pytest.mark.parametrize("tp", [2, 4])
-def test_a_real_pair_of_nine_heads(tp: int, tmp_path: Path) -> None:
-    """SmolLM2 has 9 heads and 3 KV heads: 12 and 4 with the zero ones."""
+def smollm2(folder: Path, tp: int) -> dict[str, Any]:
+    """A job's engine: the demonstration pair over `tp` ranks, one short prompt in all three modes."""
+    options = BuildOptions(
+        str(SMOLLM2[0]),
+        draft=str(SMOLLM2[1]),
+        tp=tp,
+        dtype="float32",
+        compiler="torch",
+        particles=2,
+        draft_tokens=2,
+        max_seq_len=64,
+        output=folder / f"tp{tp}",
+    )
     few = {**SHARED, "num_particles": 2, "num_draft_tokens": 2, "max_tokens": 7}
     params = [{**few, "mode": mode} for mode in ("smc", "target", "speculative")]
-    prompt = [[504, 3575, 282, 4649, 314]]  # The capital of France is
-    answers = {}
-    for ranks in (1, tp):
-        options = BuildOptions(
-            str(SMOLLM2[0]),
-            draft=str(SMOLLM2[1]),
-            tp=ranks,
-            dtype="float32",
-            compiler="torch",
-            particles=2,
-            draft_tokens=2,
-            max_seq_len=64,
-            output=tmp_path / f"tp{ranks}",
-        )
-        engine = {"path": str(build_engine(options)), "prompts": prompt, "params": params}
-        answers[ranks] = answer(**engine) if ranks == 1 else run_job(ranks, {"engines": [engine]}, tmp_path)[0]
-    assert_same(answers[tp], answers[1])
+    prompt = [504, 3575, 282, 4649, 314]  # The capital of France is
+    return {"path": str(build_engine(options)), "prompts": [prompt], "params": params}
+
+
+@pytest.fixture(scope="module")
+def expected_of_smollm2(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What one rank says."""
+    if not SMOLLM2[1].is_dir():
+        pytest.skip("needs the demonstration pair: make models")
+    return answer(**smollm2(tmp_path_factory.mktemp("smollm2"), 1)) or []
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_a_real_pair_of_nine_heads(tp: int, expected_of_smollm2: list[dict[str, Any]], tmp_path: Path) -> None:
+    """SmolLM2 has 9 heads and 3 KV heads: 12 and 4 with the zero ones."""
+    assert_same(run_job(tp, {"engines": [smollm2(tmp_path, tp)]}, tmp_path)[0], expected_of_smollm2)
