@@ -129,7 +129,9 @@ class Simulation:
 
     def _check_content(self, live: Live, table: np.ndarray) -> None:
         known = live.history.shape[1] - 1  # the frontier's own page entry is written by the next round
-        spelled = self.cache[0, 0, torch.from_numpy(table.astype(np.int64)), :, 0, 0].reshape(live.particles, -1).numpy()
+        spelled = (
+            self.cache[0, 0, torch.from_numpy(table.astype(np.int64)), :, 0, 0].reshape(live.particles, -1).numpy()
+        )
         if not (spelled[:, :known] == live.history[:, :known]).all():
             raise WrongPagesError(f"{live.request_id}: a particle's pages do not spell its tokens")
 
@@ -167,8 +169,12 @@ class Simulation:
         salt = chance.choice(("target", "draft and target", None))
         table = self.state.block_table[slot]
         known = self.pool.begin_prompt(table[0], prompt, salt) // PAGE_SIZE
-        names = np.concatenate([[self.cached[int(page)][0] for page in table[0, :known]], self._new_names(
-            (len(prompt) - 1) // PAGE_SIZE + 1 - known)]).astype(np.int64)
+        names = np.concatenate(
+            [
+                [self.cached[int(page)][0] for page in table[0, :known]],
+                self._new_names((len(prompt) - 1) // PAGE_SIZE + 1 - known),
+            ]
+        ).astype(np.int64)
         self.state.num_blocks[slot] = len(names)
         self._write(table[:1], known * PAGE_SIZE, np.array([prompt[known * PAGE_SIZE :]]))
         before = set(self.pool.prefix_cache.pages if self.pool.prefix_cache else ())
@@ -188,7 +194,9 @@ class Simulation:
             others = table[:, 1:].contiguous()
             self._given(pages.reserve(self.pool.ref_count, others, shared, shared + 1, 1), live.particles - 1)
             table[:, 1:] = others
-            self._copy(*pages.fork(self.pool.ref_count, table, torch.zeros(1, live.particles, dtype=torch.int64), shared))
+            self._copy(
+                *pages.fork(self.pool.ref_count, table, torch.zeros(1, live.particles, dtype=torch.int64), shared)
+            )
         self.state.block_table[live.slot, : live.particles] = table[0]
         own = np.concatenate([live.names[0, -1:], self._new_names(live.particles - 1)])
         live.names = np.concatenate([np.repeat(live.names[:, :-1], live.particles, 0), own[:, None]], 1)
