@@ -177,7 +177,7 @@ class Message(BaseModel):
         """Role and text."""
         if not isinstance(self.content, list):
             return {"role": self.role, "content": self.content or ""}
-        if any(part.get("type") != "text" for part in self.content):
+        if any(part.get("type") != "text" or not isinstance(part.get("text", ""), str) for part in self.content):
             raise FrontError("message content must be text, got another part: send text only", param="messages")
         return {"role": self.role, "content": "".join(part.get("text", "") for part in self.content)}
 
