@@ -75,6 +75,19 @@ class ModelConfig:
                 raise CheckpointError(
                     f"model config: {name} is {value!r:.40}, expected a positive integer: correct config.json"
                 )
+        numbers = [self.rms_eps, self.rope.theta]
+        if self.rope.scaling is not None:
+            numbers += dataclasses.astuple(self.rope.scaling)
+        if not all(_is_real(value) for value in numbers):
+            raise CheckpointError(
+                f"model config: rms_eps or rope is {numbers!r:.80}, expected numbers from 0 to {MAX_REAL:g}: correct it"
+            )
+        ids = [*self.eos_ids, *([] if self.bos_id is None else [self.bos_id])]
+        if self.family not in FAMILIES or not all(_is_token_id(value) for value in ids):
+            raise CheckpointError(
+                f"model config: family is {self.family!r:.40} and token ids are {ids!r:.80}, expected one of "
+                f"{', '.join(FAMILIES)} and whole numbers: correct it"
+            )
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
                 f"model config: {self.num_heads} attention heads cannot share {self.num_kv_heads} KV heads, expected a "
@@ -147,9 +160,15 @@ class ModelConfig:
             raise CheckpointError(
                 f"model config: field {name!r} {what}, expected {len(names)} fields: rebuild the engine directory"
             )
-        scaling = values["rope"]["scaling"]
-        rope = RopeConfig(values["rope"]["theta"], None if scaling is None else RopeScaling(**scaling))
-        return cls(**{**values, "rope": rope, "eos_ids": tuple(values["eos_ids"])})
+        try:
+            scaling = values["rope"]["scaling"]
+            rope = RopeConfig(values["rope"]["theta"], None if scaling is None else RopeScaling(**scaling))
+            return cls(**{**values, "rope": rope, "eos_ids": tuple(values["eos_ids"])})
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"model config: it does not read ({error}), expected rope and eos_ids as smc-build writes them: rebuild the "
+                "engine directory"
+            ) from None
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], generation: dict[str, Any] | None = None) -> "ModelConfig":
@@ -282,11 +301,19 @@ def _whole(values: dict[str, Any], key: str, default: int | None = None) -> int:
 def _real(values: dict[str, Any], key: str, default: float | None = None) -> float:
     """A finite number of at least 0."""
     value = _given(values, key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_REAL:
+    if not _is_real(value):
         raise CheckpointError(
             f"config.json: {key!r} is {value!r:.40}, expected a number from 0 to {MAX_REAL:g}: correct config.json"
         )
     return float(value)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MAX_REAL
+
+
+def _is_token_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_SIZE
 
 
 def _given(values: dict[str, Any], key: str, default: Any) -> Any:
@@ -309,7 +336,7 @@ def _token_ids(values: object) -> list[int]:
     """What config.json says where a token id, several or none may stand."""
     ids = values if isinstance(values, list) else [] if values is None else [values]
     for token_id in ids:
-        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id <= MAX_SIZE:
+        if not _is_token_id(token_id):
             raise CheckpointError(
                 f"config.json: the token id {token_id!r:.40} is none, expected a whole number: correct config.json"
             )

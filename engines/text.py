@@ -22,7 +22,6 @@ from smc_engines import chat_template
 from smc_engines.token_bytes import Vocabulary, read_vocabulary
 from smc_plugin.errors import CheckpointError, RequestError
 
-
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 

@@ -73,6 +73,7 @@ class _Request(BaseModel):
     min_p: float | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
+    cache_prompt: bool | None = None
     priority: int | None = None
     timeout_ms: int | None = None
 
@@ -125,6 +126,7 @@ _PASSED = (
     "min_p",
     "min_tokens",
     "ignore_eos",
+    "cache_prompt",
     "priority",
     "timeout_ms",
 )

@@ -54,6 +54,7 @@ class ServeOptions:
         engine: engine directory.
         host: address that every port listens on.
         openai_port, status_port: 0 is any free port, None leaves the part out.
+        openai_api_key_file: with keys that the OpenAI front asks for. openai_cert, openai_key: PEM files for its TLS.
         max_queue: requests that may wait; one more is refused at once.
         drain_s: how long running streams may go on after SIGTERM.
         start_timeout_s: from start to the first real inference. hang_timeout_s: longest silence of an executor.
@@ -67,6 +68,9 @@ class ServeOptions:
     metrics_port: int = 8002
     openai_port: int | None = None
     status_port: int | None = 8003
+    openai_api_key_file: str | None = None
+    openai_cert: str | None = None
+    openai_key: str | None = None
     max_queue: int = 256
     max_groups: int | None = None
     num_pages: int | None = None
@@ -325,6 +329,9 @@ class Supervisor:
         command = [sys.executable, "-m", "smc_engines.serving.openai_front", "--grpc", self.grpc_address]
         command += ["--host", self.ports.host, "--port", str(self.openai_port)]
         command += ["--model-name", Path(self.options.engine).resolve().name]
+        for name in ("api_key_file", "cert", "key"):
+            if (value := getattr(self.options, f"openai_{name}")) is not None:
+                command += [f"--{name.replace('_', '-')}", value]
         return self._spawn(command, os.environ)
 
     def _spawn(self, command: Sequence[str], env: Mapping[str, str]) -> Popen[bytes]:
