@@ -7,6 +7,7 @@ with serve("engines/smollm2-tp1") as service:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -20,11 +21,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from distill.tiny import write_tiny_target
 
+from smc_build.builder import BuildOptions, build_engine
 from smc_engines.serving.process import command_line, group_members
 from smc_engines.serving.triton_client import ServingError, TritonClient
 
 START_S = 600
+
+
+def tiny_engine(folder: Path) -> Path:
+    """Build an engine of two tiny random models with a byte-level tokenizer in a new folder: no download, some seconds."""
+    for name, seed in (("target", 0), ("draft", 1)):
+        (folder / name).mkdir(parents=True)
+        write_tiny_target(folder / name, seed)
+    options = BuildOptions(
+        str(folder / "target"),
+        draft=str(folder / "draft"),
+        output=folder / "tiny",
+        particles=8,
+        draft_tokens=4,
+        groups=16,
+    )
+    build_engine(dataclasses.replace(options, dtype="float32"))
+    return folder / "tiny"
 
 
 class Served:

@@ -63,7 +63,7 @@ class Simulation:
         slots: requests at once. particles: of the largest. num_pages: few enough that admission often waits and evicts.
     """
 
-    def __init__(self, seed: int, slots: int = 8, particles: int = 8, num_pages: int = 400) -> None:
+    def __init__(self, seed: int, slots: int = 8, particles: int = 32, num_pages: int = 2400) -> None:
         self.chance = random.Random(seed)
         self.pool = PagePool(num_pages, PAGE_SIZE, CPU)
         self.state = GroupState.allocate(slots + 1, particles, 1, BLOCKS, 1, CPU)

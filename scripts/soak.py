@@ -14,6 +14,7 @@ the end.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -58,11 +59,13 @@ class Doors:
 
     def __init__(self, service: Served) -> None:
         self.state, self.model = service.state, service.model
-        self.grpc = TritonClient(f"127.0.0.1:{self.state['grpc']}")
+        self._open = contextlib.ExitStack()
+        self.grpc = self._open.enter_context(TritonClient(f"127.0.0.1:{self.state['grpc']}"))
         self.http = httpx.Client(timeout=LONGEST_S)
 
     def close(self) -> None:
         """Hang up."""
+        self._open.close()
         self.http.close()
 
     def grpc_text(self, body: Body) -> Iterator[str]:
@@ -120,7 +123,7 @@ NONSENSE: tuple[tuple[str, Body, str], ...] = (
     ("gRPC", {"text_input": ""}, "prompt is empty"),
     ("gRPC", {"top_p": 2.0}, "top_p"),
     ("gRPC", {"input_ids": [1]}, "exactly one"),
-    ("HTTP", {"max_tokens": "many"}, "max_tokens"),
+    ("HTTP", {"max_tokens": "many"}, "Unable to parse"),
     ("HTTP", {"no_such_input": 1}, "no_such_input"),
     ("HTTP", {"text_input": "y" * 100_000}, "characters|tokens"),
     ("OpenAI", {"max_tokens": 10**6}, "together at most"),

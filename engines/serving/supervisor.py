@@ -12,6 +12,7 @@ again, and if requests were in flight in it, whose streams would hang for ever, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import queue
@@ -31,11 +32,12 @@ from tritonclient.utils import InferenceServerException
 from smc_engines.serving import tritonserver
 from smc_engines.serving.control import ControlLine
 from smc_engines.serving.logs import Log
-from smc_engines.serving.probe import Prober, probe
+from smc_engines.serving.probe import Prober, probe, probe_front
 from smc_engines.serving.process import command_line, end, group_members, kill_group, spawn
 from smc_engines.serving.tritonserver import MODELS, Installation, Ports
 from smc_plugin.errors import ConfigError, SmcError
 
+FRONT = "openai"
 RUNTIME_PREFIX = "smc-serve-"
 TICK_S = 0.1
 LOST_CLIENT_WAIT_S = 3.0
@@ -144,7 +146,7 @@ class Supervisor:
         self._output = open(options.log_file, "ab", buffering=0) if options.log_file else None  # noqa: SIM115
         self.executor = Part("executor", self._start_executor)
         self.server = Part("tritonserver", self._start_server)
-        self.front = Part("openai", self._start_front)
+        self.front = Part(FRONT, self._start_front)
         self.control = ControlLine(self._address)
         self._stubs: dict[str, int] = {}
         self._results: queue.SimpleQueue[tuple[str, str | None, float]] = queue.SimpleQueue()
@@ -191,13 +193,21 @@ class Supervisor:
                 time.sleep(TICK_S)
         self._find_stubs()
         self._prober = Prober(
-            self.grpc_address,
-            MODELS,
+            self._probes(),
             self.options.probe_interval_s,
             self.options.probe_timeout_s,
             lambda *result: self._results.put(result),
         )
         self._write_state()
+
+    def _probes(self) -> dict[str, Callable[[float], str | None]]:
+        probes: dict[str, Callable[[float], str | None]] = {
+            model: functools.partial(probe, self.grpc_address, model) for model in MODELS
+        }
+        if self.openai_port is not None:
+            secure = self.options.openai_cert is not None
+            probes[FRONT] = functools.partial(probe_front, self.ports.host, self.openai_port, secure)
+        return probes
 
     def watch(self) -> None:
         """Look after everything until `stopping` is set.
@@ -227,19 +237,20 @@ class Supervisor:
     def _read_probes(self) -> None:
         while not self._results.empty():
             model, wrong, started = self._results.get()
+            part = self.front if model == FRONT else self.server
             if wrong is None or started < self._settled_at:  # a probe says nothing about what was restarted since
                 self._failures[model] = 0
                 continue
             # A busy executor answers after its step. Steps that outlast a probe are no fault of the server's, and an executor
             # that says nothing at all has its own limit, hang_timeout_s.
-            if self.control.reports_since(started) < TURNS_OF_A_PROBE:
+            if part is self.server and self.control.reports_since(started) < TURNS_OF_A_PROBE:
                 self._log.info("probe_slow", model=model, silence_s=round(self.control.silence_s, 1))
                 continue
             self._failures[model] = self._failures.get(model, 0) + 1
             self._log.error("probe_failed", model=model, reason=wrong, times=self._failures[model])
             if self._failures[model] >= 2:
                 self._failures.clear()
-                self._restart(self.server, f"{model} answers no probe")
+                self._restart(part, f"{model} answers no probe")
 
     def _restart(self, part: Part, reason: str) -> None:
         self._log.error("restart", name=part.name, reason=reason)
