@@ -334,7 +334,7 @@ def _head_dim(hf: dict[str, Any], hidden_size: int, num_heads: int) -> int:
 
 def _token_ids(values: object) -> list[int]:
     """What config.json says where a token id, several or none may stand."""
-    ids = values if isinstance(values, list) else [] if values is None else [values]
+    ids: list[Any] = values if isinstance(values, list) else [] if values is None else [values]
     for token_id in ids:
         if not _is_token_id(token_id):
             raise CheckpointError(

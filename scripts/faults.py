@@ -44,12 +44,11 @@ WATCH = (
     "6",
     "--start-timeout",
     "45",
-    "--drain-seconds",
+    "--drain",
     "6",
 )
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 PARTS = ("executor", "tritonserver", "stub", "openai")
-PHASES = ("idle", "streaming", "loading", "draining")
 STREAM = {
     "text_input": "hello",
     "stream": True,
@@ -129,6 +128,8 @@ def strike(service: Served, part: str, fault: str) -> float:
 
 def running_service(service: Served, fault: str, part: str, phase: str, want: list[int]) -> Row:
     """A fault of a service that is idle or streams; it must come back by itself."""
+    # the state file names new processes only when they are ready
+    service.wait(lambda: all(map(command_line, service.pids.values())) and service.works(), LIMIT_S, "it works before")
     threads, ends = in_flight(service, part) if phase == "streaming" else ([], [])
     struck = strike(service, part, fault)
     for thread in threads:
@@ -284,7 +285,9 @@ def files(engine: Path, folder: Path) -> Iterator[tuple[str, Callable[[], Row]]]
         yield name, lambda damage=damage, words=words: refused([*executor, str(spoil(engine, folder, damage))], words)
     yield (
         "too little memory",
-        lambda: refused(limited("-v 1300000", [*executor, str(engine), "--num-pages", "300000"]), "memory"),
+        lambda: refused(
+            limited("-v 1300000", [*executor, str(engine), "--num-pages", "300000"]), "does not fit into memory"
+        ),
     )
 
     def port_in_use() -> Row:
@@ -340,38 +343,45 @@ def _make_link(weights: Path) -> Callable[[Path], object]:
     return damage
 
 
+def attempt(name: str, work: Callable[[], Row]) -> Row:
+    """Run one row; what went wrong becomes part of it."""
+    try:
+        row = work()
+        problem = f"left {row['left']}" if row.get("left") else ""
+    except (FaultError, OSError, ServingError, subprocess.TimeoutExpired) as error:
+        row, problem = {}, f"{type(error).__name__}: {str(error)[-1500:]}"
+    row = {"fault": name, **row, **({"problem": problem} if problem else {})}
+    print(json.dumps(row), flush=True)
+    return row
+
+
 def rows(engine: Path, folder: Path, wanted: str) -> Iterator[Row]:
     """Every row whose name contains the wanted text, run."""
 
-    def run(name: str, work: Callable[[], Row]) -> Row:
-        try:
-            row = work()
-            problem = f"left {row['left']}" if row.get("left") else ""
-        except (FaultError, TimeoutError, subprocess.TimeoutExpired) as error:
-            row, problem = {}, f"{type(error).__name__}: {str(error)[-1500:]}"
-        row = {"fault": name, **row, **({"problem": problem} if problem else {})}
-        print(json.dumps(row), flush=True)
-        return row
-
     for name, work in files(engine, folder):
         if wanted in name:
-            yield run(name, work)
-    for fault in SIGNALS:
-        for part in PARTS:
-            for phase in PHASES:
-                name = f"{fault} {part}, {phase}"
-                if wanted not in name:
-                    continue
-                if phase == "loading":
-                    yield run(name, lambda fault=fault, part=part: while_loading(engine, fault, part))
-                elif phase == "draining":
-                    yield run(name, lambda fault=fault, part=part: while_draining(engine, fault, part))
-                else:
-                    with serve(engine, *WATCH) as service:
-                        want = over_grpc(service, SHORT)
-                        yield run(
-                            name, lambda s=service, f=fault, p=part, h=phase, w=want: running_service(s, f, p, h, w)
-                        )
+            yield attempt(name, work)
+    yield from lasting_rows(engine, wanted)
+    for part in PARTS:
+        for fault in SIGNALS:
+            for phase in ("loading", "draining"):
+                work = while_loading if phase == "loading" else while_draining
+                if wanted in (name := f"{fault} {part}, {phase}"):
+                    yield attempt(name, lambda work=work, fault=fault, part=part: work(engine, fault, part))
+
+
+def lasting_rows(engine: Path, wanted: str) -> Iterator[Row]:
+    """Faults that one and the same service must survive, one after the other."""
+    cases = [(fault, part, phase) for phase in ("streaming", "idle") for fault in SIGNALS for part in PARTS]
+    cases = [case for case in cases if wanted in "{} {}, {}".format(*case)]
+    if not cases:
+        return
+    with serve(engine, *WATCH) as service:
+        want = over_grpc(service, SHORT)
+        for fault, part, phase in cases:
+            yield attempt(
+                f"{fault} {part}, {phase}", lambda case=(fault, part, phase): running_service(service, *case, want)
+            )
 
 
 def main() -> int:
@@ -384,14 +394,26 @@ def main() -> int:
         folder = Path(name)
         engine = tiny_engine(folder / "model")
         (folder / "work").mkdir()
-        table = list(rows(engine, folder / "work", options.only))
+        table: list[Row] = []
+        for row in rows(engine, folder / "work", options.only):
+            table.append(row)
+            write(options.output, table)
     failed = [row["fault"] for row in table if "problem" in row]
-    report = {"watchdog": list(WATCH), "limit_s": LIMIT_S, "rows": table, "failed": failed}
-    report |= {"python": platform.python_version(), "cpus": os.cpu_count()}
     print(f"{len(table)} rows, {len(failed)} failed: {failed}")
-    if options.output is not None:
-        options.output.write_text(json.dumps(report, indent=2) + "\n")
     return 1 if failed else 0
+
+
+def write(output: Path | None, table: list[Row]) -> None:
+    """The rows so far, as JSON."""
+    report = {
+        "watchdog": list(WATCH),
+        "limit_s": LIMIT_S,
+        "rows": table,
+        "failed": sum("problem" in row for row in table),
+    }
+    report |= {"python": platform.python_version(), "cpus": os.cpu_count(), "load_average": os.getloadavg()[0]}
+    if output is not None:
+        output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -288,7 +288,7 @@ class Targets:
             arrays |= {"text_input": np.array([[b"hi"]], object), "max_tokens": np.ones((1, 1), np.int32)}
         known = {"smc_priority": 1, "smc_timeout_ms": 5}
         parameters = mutate(known, choices)
-        with contextlib.suppress(ALLOWED):
+        with contextlib.suppress(*ALLOWED):
             contract.parse(arrays, parameters if isinstance(parameters, dict) else {}, [])
 
     def message(self, data: bytes) -> None:
@@ -296,7 +296,7 @@ class Targets:
         sound = {"v": protocol.VERSION, "op": "submit", "id": "a", "params": {"n": 1}, "prompt": {"ids": [1, 2]}}
         frames = [data, _dump(mutate(sound, Choices(data))).encode(), b"[" * min(len(data) * 50, 100_000)]
         for frame in frames:
-            with contextlib.suppress(ALLOWED):
+            with contextlib.suppress(*ALLOWED):
                 protocol.decode(frame)
 
     def openai(self, data: bytes) -> None:

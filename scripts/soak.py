@@ -1,4 +1,4 @@
-"""Load a served engine for minutes and check every answer: make soak, or python scripts/soak.py --engine DIR [--seconds 600]
+"""Load a served engine for minutes and check every answer: make soak, or python scripts/soak.py [--engine DIR] [--seconds 600]
 
 1 to 128 clients at once ask through every door (gRPC, HTTP generate_stream, the OpenAI front), streaming or not,
 from one token to the longest answer; some give up midway, set a deadline, read slowly or send nonsense. Rules:
@@ -20,6 +20,7 @@ import os
 import platform
 import random
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from served import Served, serve
+from served import Served, serve, tiny_engine
 
 from smc_build.engine_dir import load_manifest
 from smc_engines.serving.triton_client import ServingError, TritonClient, text_of
@@ -333,12 +334,16 @@ def table(report: dict[str, Any]) -> str:
 def main() -> int:
     """Serve, load, check; exit status 1 on any violation."""
     parser = argparse.ArgumentParser(description="Load a served engine and check every answer.")
-    parser.add_argument("--engine", required=True, type=Path)
+    parser.add_argument("--engine", type=Path, help="a tiny random one is built unless given")
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--clients", type=int, nargs="+", default=list(CROWDS))
     parser.add_argument("--output", type=Path, help="write the report there as JSON")
     options = parser.parse_args()
-    with serve(options.engine, "--max-queue", "1024") as service:
+    with contextlib.ExitStack() as stack:
+        engine = options.engine
+        if engine is None:
+            engine = tiny_engine(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model")
+        service = stack.enter_context(serve(engine, "--max-queue", "1024"))
         report = soak(service, options.seconds, tuple(options.clients))
         state = service.state
         status = service.stop()

@@ -137,7 +137,7 @@ class ExecutorService:
     def _receive(self, timeout_ms: int) -> None:
         if timeout_ms and not self._socket.poll(timeout_ms):
             return
-        while self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        while int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             identity, frame = self._socket.recv_multipart()
             self._clients.setdefault(identity, _Client())
             try:
