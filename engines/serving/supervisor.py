@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import queue
+import resource
 import shutil
 import sys
 import tempfile
@@ -152,7 +153,7 @@ class Supervisor:
         self._results: queue.SimpleQueue[tuple[str, str | None, float]] = queue.SimpleQueue()
         self._prober: Prober | None = None
         self._failures: dict[str, int] = {}
-        self._settled_at = 0.0
+        self._settled_at = self._front_answered_at = 0.0
         self.stopping = False
 
     @property
@@ -171,6 +172,8 @@ class Supervisor:
         Raises:
             SmcError: a process ended, or the time is up.
         """
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # children inherit it: a connection is a descriptor
         for part in self.parts:
             part.launch()
         limit = time.monotonic() + self.options.start_timeout_s
@@ -238,6 +241,8 @@ class Supervisor:
         while not self._results.empty():
             model, wrong, started = self._results.get()
             part = self.front if model == FRONT else self.server
+            if part is self.front and self._front_starts(wrong):
+                continue
             if wrong is None or started < self._settled_at:  # a probe says nothing about what was restarted since
                 self._failures[model] = 0
                 continue
@@ -251,6 +256,13 @@ class Supervisor:
             if self._failures[model] >= 2:
                 self._failures.clear()
                 self._restart(part, f"{model} answers no probe")
+
+    def _front_starts(self, wrong: str | None) -> bool:
+        """Whether the front has yet to answer its first probe; nobody answers while it is being imported."""
+        if wrong is None:
+            self._front_answered_at = time.monotonic()
+        started_at = self.front.starts[-1]
+        return self._front_answered_at < started_at and time.monotonic() < started_at + SERVER_START_S
 
     def _restart(self, part: Part, reason: str) -> None:
         self._log.error("restart", name=part.name, reason=reason)
