@@ -399,8 +399,25 @@ def main() -> int:
             table.append(row)
             write(options.output, table)
     failed = [row["fault"] for row in table if "problem" in row]
+    print(markdown(table))
     print(f"{len(table)} rows, {len(failed)} failed: {failed}")
     return 1 if failed else 0
+
+
+def markdown(table: list[Row]) -> str:
+    """The rows as docs/reliability.md shows them."""
+    lines = ["| fault | clients in flight | service |", "| --- | --- | --- |"]
+    for row in table:
+        clients = ", ".join(row.get("clients", ())) + (f" after {row['error_s']} s" if "error_s" in row else "")
+        if "problem" in row:
+            outcome = "FAILED"
+        elif "back_s" in row:
+            outcome = f"back after {row['back_s']} s"
+        else:
+            outcome = f"ended with status {row['status']}" + (f" after {row['ended_s']} s" if "ended_s" in row else "")
+            outcome += f": `{row['says'][0][:110]}`" if row.get("says") else ""
+        lines.append(f"| {row['fault']} | {clients or 'none'} | {outcome} |")
+    return "\n".join(lines)
 
 
 def write(output: Path | None, table: list[Row]) -> None:

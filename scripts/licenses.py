@@ -32,7 +32,10 @@ def licence(name: str) -> str:
         return stated
     kinds = [line.split(" :: ")[-1] for line in about.get_all("Classifier", []) if line.startswith("License ::")]
     texts = [path.read_text() for path in files(name) or () if path.name.upper().startswith("LICEN")]
-    return ", ".join(kinds) or next((text for text in (stated, *texts) if text.strip()), "").strip().split("\n")[0].strip()[:80]
+    return (
+        ", ".join(kinds)
+        or next((text for text in (stated, *texts) if text.strip()), "").strip().split("\n")[0].strip()[:80]
+    )
 
 
 def main() -> int:
