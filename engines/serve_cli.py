@@ -40,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    options = ServeOptions(**vars(_parser(ServeOptions(engine="")).parse_args(arguments)))
+    given = vars(_parser(ServeOptions(engine="")).parse_args(arguments))
     try:
-        _serve(options)
+        _serve(ServeOptions(**given))
     except SmcError as error:
         print(f"smc-serve: {error}", file=sys.stderr)
         return 1

@@ -39,7 +39,7 @@ WATCH = (
     "--probe-interval",
     "0.5",
     "--probe-timeout",
-    "3",
+    "6",
     "--hang-timeout",
     "6",
     "--start-timeout",

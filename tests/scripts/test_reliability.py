@@ -1,5 +1,6 @@
 """The scripts that look for trouble: a small share of what they do at length (docs/reliability.md has the long runs)."""
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import random

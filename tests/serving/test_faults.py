@@ -219,6 +219,8 @@ def test_numpy_2_is_refused(tmp_path: Path) -> None:
     [
         (["--engine", "missing"], "missing"),
         (["--http-port", "9000", "--grpc-port", "9000"], "--grpc-port and --http-port are both 9000"),
+        # a stopped server was never noticed with a timeout of 3 s: the executor had not reported often enough meanwhile
+        (["--probe-timeout", "3"], "--probe-timeout is 3 s, expected at least 5"),
         (["--serve-env", "nowhere"], "no Triton Inference Server was found"),
         (["--tritonserver", "/bin/true"], "cannot serve, expected tritonserver with backends/python"),
     ],
