@@ -93,8 +93,8 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if self.probe_timeout_s < TURNS_OF_A_PROBE + 1:  # the executor reports once a second
             raise ConfigError(
-                f"--probe-timeout is {self.probe_timeout_s:g} s, expected at least {TURNS_OF_A_PROBE + 1}: a shorter probe says "
-                "nothing about a busy service, so that one that hangs would never be restarted: raise it"
+                f"--probe-timeout is {self.probe_timeout_s:g} s, expected at least {TURNS_OF_A_PROBE + 1}: a shorter probe "
+                "says nothing about a busy service, so that one that hangs would never be restarted: raise it"
             )
 
 
