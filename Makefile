@@ -1,6 +1,7 @@
 # make demo   a real model pair, built and answering a prompt
 # make test   the tests          make lint   ruff and pyright          make bench   the three modes timed side by side
 # make serve  the demo's engine behind a Triton Inference Server and an OpenAI-compatible port; make serve-env sets that up
+# make soak   ten minutes of load on a served engine, every answer checked; make faults  kill, stop and damage every part
 # make clean  remove what the other targets made here: the environment, fetched models, the demo's engine, caches
 #
 # Each target sets up what it needs the first time and does nothing again the next. Variables to override:
@@ -8,6 +9,7 @@
 #   PIP_FLAGS=...         further options of pip install, such as --extra-index-url or --find-links
 #   PROMPT="..."          what the demo asks
 #   TESTS="tests/build"   what to test, and with which options of pytest
+#   SOAK="--seconds 60"   how long to soak; --engine DIR soaks that one instead of a tiny random one
 
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; done)
@@ -25,8 +27,9 @@ RUN := --n 4 --k 4 --temperature 0.7 --seed 1 --max-tokens 120
 CHECKED := build smc_plugin engines triton_repo scripts tests
 SERVE_ENV := .venv-serve
 SERVE := --openai-port 8080
+SOAK := --seconds 600
 
-.PHONY: demo test lint bench serve serve-env models clean
+.PHONY: demo test lint bench serve serve-env soak faults models clean
 .DELETE_ON_ERROR:
 
 demo: $(ENGINE)/manifest.json
@@ -45,6 +48,12 @@ bench: $(ENGINE)/manifest.json
 
 serve: $(ENGINE)/manifest.json serve-env
 	@$(BIN)/smc-serve --engine $(ENGINE) $(SERVE)
+
+soak: serve-env
+	@$(BIN)/python scripts/soak.py $(SOAK)
+
+faults: serve-env
+	@$(BIN)/python scripts/faults.py
 
 serve-env: $(VENV)/.serve-installed $(SERVE_ENV)/.installed
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 
-from smc_build.dtypes import torch_dtype
+from smc_build.dtypes import SAFETENSORS_NAMES, torch_dtype
 from smc_build.model_config import ModelConfig
 from smc_build.precision import Precision
 from smc_build.shard_file import FileEntry, hash_file
@@ -91,6 +91,26 @@ class Manifest:
     files: dict[str, FileEntry] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
+    def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            _check(
+                name, getattr(self, name), _is_whole(getattr(self, name), low, high), f"a whole number, {low} to {high}"
+            )
+        for bucket in self.row_buckets:
+            _check("row_buckets", bucket, _is_whole(bucket, 1, 2**20), "positive whole numbers")
+        for name in ("name", "created", "dtype", "compiler"):
+            _check(name, getattr(self, name), isinstance(getattr(self, name), str), "text")
+        for name in ("plans", "tactics", "versions"):
+            _check(name, getattr(self, name), isinstance(getattr(self, name), dict), "an object")
+        _check("dtype", self.dtype, self.dtype in SAFETENSORS_NAMES, f"one of {', '.join(SAFETENSORS_NAMES)}")
+        for name, entry in self.files.items():
+            _check(
+                f"files {name!r}",
+                entry,
+                _is_whole(entry.bytes, 0, 2**63) and isinstance(entry.sha256, str),
+                "a size and a hash",
+            )
+
     def model(self, role: Role) -> ModelEntry:
         """Return the entry of a role.
 
@@ -140,6 +160,25 @@ class Manifest:
             raise EngineDirError(
                 f"{MANIFEST_FILE} does not read as format {FORMAT_VERSION} ({error}), expected its fields: {_REBUILD}"
             ) from error
+
+
+_RANGES = {
+    "tp": (1, 1024),
+    "max_particles": (1, 4096),
+    "max_draft_tokens": (0, 1024),
+    "max_groups": (1, 65536),
+    "max_seq_len": (1, 2**24),
+    "page_size": (1, 4096),
+}
+
+
+def _is_whole(value: object, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _check(name: str, value: object, good: bool, expected: str) -> None:
+    if not good:
+        raise EngineDirError(f"{MANIFEST_FILE}: {name} is {value!r:.60}, expected {expected}: {_REBUILD}")
 
 
 def _model_entry(values: dict[str, Any]) -> ModelEntry:

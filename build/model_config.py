@@ -22,6 +22,8 @@ FAMILIES: tuple[str, ...] = get_args(Family)
 _ROPE_TYPES = ("default", "llama3")
 # transformers' Qwen3 uses this head size when config.json leaves it out; the other families divide hidden_size.
 _QWEN3_HEAD_DIM = 128
+# No size or constant of a decoder comes near these; beyond them arithmetic on sizes would be about nothing.
+MAX_SIZE, MAX_REAL = 2**31 - 1, 1e12
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,23 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in _POSITIVE_FIELDS:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_SIZE:
                 raise CheckpointError(
-                    f"model config: {name} is {value!r}, expected a positive integer: correct config.json"
+                    f"model config: {name} is {value!r:.40}, expected a positive integer: correct config.json"
                 )
+        numbers = [self.rms_eps, self.rope.theta]
+        if self.rope.scaling is not None:
+            numbers += dataclasses.astuple(self.rope.scaling)
+        if not all(_is_real(value) for value in numbers):
+            raise CheckpointError(
+                f"model config: rms_eps or rope is {numbers!r:.80}, expected numbers from 0 to {MAX_REAL:g}: correct it"
+            )
+        ids = [*self.eos_ids, *([] if self.bos_id is None else [self.bos_id])]
+        if self.family not in FAMILIES or not all(_is_token_id(value) for value in ids):
+            raise CheckpointError(
+                f"model config: family is {self.family!r:.40} and token ids are {ids!r:.80}, expected one of "
+                f"{', '.join(FAMILIES)} and whole numbers: correct it"
+            )
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
                 f"model config: {self.num_heads} attention heads cannot share {self.num_kv_heads} KV heads, expected a "
@@ -155,9 +170,15 @@ class ModelConfig:
             raise CheckpointError(
                 f"model config: field {name!r} {what}, expected {len(names)} fields: rebuild the engine directory"
             )
-        scaling = values["rope"]["scaling"]
-        rope = RopeConfig(values["rope"]["theta"], None if scaling is None else RopeScaling(**scaling))
-        return cls(**{**values, "rope": rope, "eos_ids": tuple(values["eos_ids"])})
+        try:
+            scaling = values["rope"]["scaling"]
+            rope = RopeConfig(values["rope"]["theta"], None if scaling is None else RopeScaling(**scaling))
+            return cls(**{**values, "rope": rope, "eos_ids": tuple(values["eos_ids"])})
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"model config: it does not read ({error}), expected rope and eos_ids as smc-build writes them: rebuild the "
+                "engine directory"
+            ) from None
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], generation: dict[str, Any] | None = None) -> "ModelConfig":
@@ -178,24 +199,26 @@ class ModelConfig:
                 + suggest(family, FAMILIES, fallback="use a checkpoint of one of these families")
             )
         _refuse_unsupported(hf, family)
-        num_heads, hidden_size = _required(hf, "num_attention_heads"), _required(hf, "hidden_size")
+        num_heads, hidden_size = _whole(hf, "num_attention_heads"), _whole(hf, "hidden_size")
         return cls(
             family=cast(Family, family),
-            vocab_size=_required(hf, "vocab_size"),
+            vocab_size=_whole(hf, "vocab_size"),
             hidden_size=hidden_size,
-            num_layers=_required(hf, "num_hidden_layers"),
+            num_layers=_whole(hf, "num_hidden_layers"),
             num_heads=num_heads,
-            num_kv_heads=_or_default(hf, "num_key_value_heads", num_heads),
-            head_dim=hf.get("head_dim") or _default_head_dim(family, hidden_size, num_heads),
-            ffn_size=_required(hf, "intermediate_size"),
-            rms_eps=float(_or_default(hf, "rms_norm_eps", 1e-6)),
+            num_kv_heads=_whole(hf, "num_key_value_heads", num_heads),
+            head_dim=_head_dim(hf, hidden_size, num_heads),
+            ffn_size=_whole(hf, "intermediate_size"),
+            rms_eps=_real(hf, "rms_norm_eps", 1e-6),
             rope=_read_rope(hf),
-            max_position=_required(hf, "max_position_embeddings"),
+            max_position=_whole(hf, "max_position_embeddings"),
             qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
-            tied_head=bool(_or_default(hf, "tie_word_embeddings", False)),
-            bos_id=_first(hf.get("bos_token_id")),
-            eos_ids=_merge_ids(hf.get("eos_token_id"), (generation or {}).get("eos_token_id")),
+            tied_head=bool(hf.get("tie_word_embeddings")),
+            bos_id=next(iter(_token_ids(hf.get("bos_token_id"))), None),
+            eos_ids=tuple(
+                dict.fromkeys(_token_ids(hf.get("eos_token_id")) + _token_ids((generation or {}).get("eos_token_id")))
+            ),
         )
 
 
@@ -248,12 +271,17 @@ def _uses_sliding_window(hf: dict[str, Any]) -> bool:
     switched_on = hf.get("use_sliding_window", hf["model_type"] == "llama")
     if not switched_on or hf.get("sliding_window") is None:
         return False
-    return hf.get("max_window_layers", 0) < _required(hf, "num_hidden_layers")
+    layers = _real(hf, "max_window_layers", 0)
+    return layers < _whole(hf, "num_hidden_layers")
 
 
 def _read_rope(hf: dict[str, Any]) -> RopeConfig:
     parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    theta = float(parameters.get("rope_theta") or hf.get("rope_theta") or 10000.0)
+    if not isinstance(parameters, dict):
+        raise CheckpointError(
+            f"config.json: the rope parameters are a {type(parameters).__name__}, expected an object: correct config.json"
+        )
+    theta = _real(parameters if parameters.get("rope_theta") else hf, "rope_theta", 10000.0)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind not in _ROPE_TYPES:
         raise CheckpointError(
@@ -267,44 +295,64 @@ def _read_rope(hf: dict[str, Any]) -> RopeConfig:
     if kind == "default":
         return RopeConfig(theta)
     scaling = RopeScaling(
-        factor=float(_required(parameters, "factor")),
-        low_freq_factor=float(_required(parameters, "low_freq_factor")),
-        high_freq_factor=float(_required(parameters, "high_freq_factor")),
-        original_max_position=int(_required(parameters, "original_max_position_embeddings")),
+        factor=_real(parameters, "factor"),
+        low_freq_factor=_real(parameters, "low_freq_factor"),
+        high_freq_factor=_real(parameters, "high_freq_factor"),
+        original_max_position=_whole(parameters, "original_max_position_embeddings"),
     )
     return RopeConfig(theta, scaling)
 
 
-def _required(values: dict[str, Any], key: str) -> Any:
-    if values.get(key) is None:
+def _whole(values: dict[str, Any], key: str, default: int | None = None) -> int:
+    """A size: a whole number of at least 1 that a size can be."""
+    value = _given(values, key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
+        raise CheckpointError(
+            f"config.json: {key!r} is {value!r:.40}, expected a whole number from 1 to {MAX_SIZE}: correct config.json"
+        )
+    return value
+
+
+def _real(values: dict[str, Any], key: str, default: float | None = None) -> float:
+    """A finite number of at least 0."""
+    value = _given(values, key, default)
+    if not _is_real(value):
+        raise CheckpointError(
+            f"config.json: {key!r} is {value!r:.40}, expected a number from 0 to {MAX_REAL:g}: correct config.json"
+        )
+    return float(value)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MAX_REAL
+
+
+def _is_token_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_SIZE
+
+
+def _given(values: dict[str, Any], key: str, default: Any) -> Any:
+    value = default if values.get(key) is None else values[key]
+    if value is None:
         raise CheckpointError(f"config.json has no {key!r}, expected a number: fetch the checkpoint again or add it")
-    return values[key]
+    return value
 
 
-def _or_default(values: dict[str, Any], key: str, default: Any) -> Any:
-    value = values.get(key)
-    return default if value is None else value
-
-
-def _default_head_dim(family: str, hidden_size: int, num_heads: int) -> int:
-    if family == "qwen3":
-        return _QWEN3_HEAD_DIM
-    if hidden_size % num_heads:
+def _head_dim(hf: dict[str, Any], hidden_size: int, num_heads: int) -> int:
+    if hf["model_type"] != "qwen3" and hf.get("head_dim") is None and hidden_size % num_heads:
         raise CheckpointError(
             f"config.json has no head_dim and hidden_size {hidden_size} does not divide by {num_heads} heads: add "
             "head_dim"
         )
-    return hidden_size // num_heads
+    return _whole(hf, "head_dim", _QWEN3_HEAD_DIM if hf["model_type"] == "qwen3" else hidden_size // num_heads)
 
 
-def _first(token_id: int | list[int] | None) -> int | None:
-    return token_id[0] if isinstance(token_id, list) else token_id
-
-
-def _merge_ids(*sources: int | list[int] | None) -> tuple[int, ...]:
-    ids: dict[int, None] = {}
-    for source in sources:
-        for token_id in source if isinstance(source, list) else [source]:
-            if token_id is not None:
-                ids[token_id] = None
-    return tuple(ids)
+def _token_ids(values: object) -> list[int]:
+    """What config.json says where a token id, several or none may stand."""
+    ids: list[Any] = values if isinstance(values, list) else [] if values is None else [values]
+    for token_id in ids:
+        if not _is_token_id(token_id):
+            raise CheckpointError(
+                f"config.json: the token id {token_id!r:.40} is none, expected a whole number: correct config.json"
+            )
+    return ids

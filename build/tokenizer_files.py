@@ -6,6 +6,7 @@ Two tokenizers are the same when vocabulary and merges are; file bytes may diffe
 
 import hashlib
 import json
+import operator
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,10 @@ def fingerprint(folder: Path) -> str | None:
     """
     if (folder / "tokenizer.json").exists():
         model = _tokenizer_model(folder)
-        merges = [pair.split(" ") if isinstance(pair, str) else list(pair) for pair in model.get("merges") or []]
+        try:
+            merges = [pair.split(" ") if isinstance(pair, str) else list(pair) for pair in model.get("merges") or []]
+        except TypeError as error:
+            raise _unreadable(folder, f"merges that are no pairs ({error})") from None
         return hashlib.sha256(json.dumps([model["vocab"], merges], sort_keys=True).encode()).hexdigest()
     if (folder / "tokenizer.model").exists():
         return hashlib.sha256(safe_file(folder, "tokenizer.model").read_bytes()).hexdigest()
@@ -78,9 +82,12 @@ def check_fits_vocabulary(folder: Path, vocab_size: int) -> None:
     if not (folder / "tokenizer.json").exists():
         return
     vocab = _tokenizer_model(folder)["vocab"]
-    ids = list(vocab.values()) if isinstance(vocab, dict) else range(len(vocab))
-    added = [token["id"] for token in read_json(safe_file(folder, "tokenizer.json")).get("added_tokens") or []]
-    highest = max([*ids, *added], default=-1)
+    try:
+        ids = list(vocab.values()) if isinstance(vocab, dict) else range(len(vocab))
+        added = [token["id"] for token in read_json(safe_file(folder, "tokenizer.json")).get("added_tokens") or []]
+        highest = max(map(operator.index, [*ids, *added]), default=-1)
+    except (TypeError, KeyError) as error:
+        raise _unreadable(folder, f"ids that are none ({error})") from None
     if highest >= vocab_size:
         raise CheckpointError(
             f"the tokenizer of {folder.name} has token id {highest}, expected ids below the vocabulary size "
@@ -101,10 +108,12 @@ def copy_tokenizer(folder: Path, destination: Path) -> list[Path]:
     return [Path(shutil.copyfile(file, destination / file.name)) for file in files]
 
 
+def _unreadable(folder: Path, found: str) -> CheckpointError:
+    return CheckpointError(f"tokenizer.json in {folder.name} has {found}, expected a tokenizers file: fetch it again")
+
+
 def _tokenizer_model(folder: Path) -> dict[str, Any]:
     model = read_json(safe_file(folder, "tokenizer.json")).get("model")
     if not isinstance(model, dict) or "vocab" not in model:
-        raise CheckpointError(
-            f"tokenizer.json in {folder.name} has no model.vocab, expected a tokenizers file: fetch it again"
-        )
+        raise _unreadable(folder, "no model.vocab")
     return model

@@ -37,7 +37,7 @@ from smc_engines.sampling_params import SamplingParams
 from smc_engines.scheduler import Scheduler
 from smc_engines.slots import Slots
 from smc_engines.stop_strings import StopAutomaton
-from smc_plugin.errors import RequestError, SmcError
+from smc_plugin.errors import EngineDirError, RequestError, SmcError
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,16 @@ class Executor:
         Raises:
             EngineDirError: it is missing, damaged or does not fit this machine.
         """
-        return cls(Engine.from_dir(Path(path), config or ExecutorConfig()))
+        try:
+            return cls(Engine.from_dir(Path(path), config or ExecutorConfig()))
+        except (MemoryError, RuntimeError) as error:
+            # torch has a type of its own for a GPU's memory only; that of the host is a RuntimeError
+            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+                raise
+            raise EngineDirError(
+                f"{path} does not fit into memory, expected room for weights, KV pages and slots: lower the number of pages "
+                f"or groups, or free memory ({str(error).splitlines()[0]:.160})"
+            ) from None
 
     @property
     def has_work(self) -> bool:

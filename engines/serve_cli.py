@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Sequence
@@ -39,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    options = ServeOptions(**vars(_parser(ServeOptions(engine="")).parse_args(arguments)))
+    given = vars(_parser(ServeOptions(engine="")).parse_args(arguments))
     try:
-        _serve(options)
+        _serve(ServeOptions(**given))
     except SmcError as error:
         print(f"smc-serve: {error}", file=sys.stderr)
         return 1
@@ -62,6 +63,9 @@ def _parser(defaults: ServeOptions) -> argparse.ArgumentParser:
     add("grpc-port", int, "gRPC of Triton Inference Server")
     add("metrics-port", int, "Prometheus metrics")
     add("openai-port", int, "OpenAI-compatible HTTP front; left out unless given")
+    add("openai-api-key-file", str, "the OpenAI front asks for one of the keys in this file, one a line")
+    add("openai-cert", str, "TLS certificate of the OpenAI front, PEM; with --openai-key")
+    add("openai-key", str, "private key of that certificate, PEM")
     add("status-port", int, "status page; a negative number leaves it out")
     add("max-queue", int, "requests that may wait; one more is refused at once")
     add("max-groups", int, "requests decoded together; the engine directory's unless given")
@@ -100,6 +104,7 @@ def _serve(options: ServeOptions) -> None:
     # find out before anything starts; the executor checks the hashes
     manifest = load_manifest(Path(options.engine), verify=False)
     status_port = None if options.status_port is None or options.status_port < 0 else options.status_port
+    _check_door(options)
     wanted = {
         "--http-port": options.http_port,
         "--grpc-port": options.grpc_port,
@@ -116,6 +121,8 @@ def _serve(options: ServeOptions) -> None:
         f"engine        {options.engine}\ntritonserver  {installation.binary}\nadapters run  {installation.python}",
         flush=True,
     )
+    if warning := _warning(options):
+        print(f"warning       {warning}", flush=True)
     supervisor = Supervisor(options, installation, ports, chosen["--openai-port"])
     page = None
     received: list[int] = []
@@ -133,7 +140,10 @@ def _serve(options: ServeOptions) -> None:
             page = StatusPage(options.host, chosen["--status-port"], supervisor.control)
         if not supervisor.stopping:
             limits = (manifest.max_particles, manifest.max_draft_tokens if manifest.draft is not None else 0)
-            print(_addresses(ports, chosen, time.monotonic() - started, limits), flush=True)
+            print(
+                _addresses(ports, chosen, time.monotonic() - started, limits, options.openai_cert is not None),
+                flush=True,
+            )
         supervisor.watch()
         supervisor.drain()
     except KeyboardInterrupt:
@@ -144,6 +154,38 @@ def _serve(options: ServeOptions) -> None:
         supervisor.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _check_door(options: ServeOptions) -> None:
+    """Find out before anything starts whether the OpenAI front's keys and certificate can be used."""
+    from smc_engines.serving.openai_guard import read_keys  # noqa: PLC0415
+
+    if options.openai_api_key_file is not None:
+        read_keys(options.openai_api_key_file)
+    if (options.openai_cert is None) != (options.openai_key is None):
+        raise ConfigError("--openai-cert and --openai-key belong together, got one of them: pass both or none")
+    if options.openai_cert is not None and options.openai_key is not None:
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(options.openai_cert, options.openai_key)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"the certificate of the OpenAI front cannot be used ({error}), expected PEM files that belong together: "
+                "correct --openai-cert and --openai-key"
+            ) from None
+
+
+def _warning(options: ServeOptions) -> str:
+    """What an address beyond this machine opens; empty for the loopback."""
+    if options.host == "localhost" or options.host.startswith("127."):
+        return ""
+    parts = ["gRPC, HTTP and metrics"] + (["the status page"] if (options.status_port or -1) >= 0 else [])
+    if options.openai_port is not None and options.openai_api_key_file is None:
+        parts.append("the OpenAI front")
+    opened = ", ".join(parts)
+    return (
+        f"--host {options.host} opens {opened} to everybody who can reach this machine: they have no access control, "
+        "put a proxy or a firewall before them"
+    )
 
 
 def _port(host: str, name: str, port: int | None) -> int | None:
@@ -164,9 +206,11 @@ def _port(host: str, name: str, port: int | None) -> int | None:
     return port
 
 
-def _addresses(ports: Ports, chosen: dict[str, int | None], elapsed_s: float, limits: tuple[int, int]) -> str:
+def _addresses(
+    ports: Ports, chosen: dict[str, int | None], elapsed_s: float, limits: tuple[int, int], secure: bool
+) -> str:
     host, grpc = ports.host, ports.grpc
-    base = f"http://{host}"
+    base, openai = f"http://{host}", f"http{'s' if secure else ''}://{host}"
     lines = [
         f"ready in {elapsed_s:.1f} s",
         f"  gRPC          {host}:{grpc}  (models smc, ensemble, tensorrt_llm_bls, tensorrt_llm)",
@@ -174,7 +218,7 @@ def _addresses(ports: Ports, chosen: dict[str, int | None], elapsed_s: float, li
         f"  metrics       {base}:{chosen['--metrics-port']}/metrics",
     ]
     if chosen["--openai-port"] is not None:
-        lines.append(f"  OpenAI        {base}:{chosen['--openai-port']}/v1")
+        lines.append(f"  OpenAI        {openai}:{chosen['--openai-port']}/v1")
     if chosen["--status-port"] is not None:
         lines.append(f"  status page   {base}:{chosen['--status-port']}/")
     # few particles and draft tokens: the engine's largest, the default, are slow on a processor

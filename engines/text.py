@@ -22,6 +22,8 @@ from smc_engines import chat_template
 from smc_engines.token_bytes import Vocabulary, read_vocabulary
 from smc_plugin.errors import CheckpointError, RequestError
 
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
 
 class Tokenizer:
     """One checkpoint's tokenizer, with its chat template and end tokens.
@@ -62,6 +64,9 @@ class Tokenizer:
         """
         folder = Path(folder)
         config = _read_json(folder / "tokenizer_config.json")
+        for name, token in config.items():
+            if name in SPECIAL_TOKENS and token is not None:
+                _check_text(folder, name, token.get("content") if isinstance(token, dict) else token)
         template = _read_template(folder, config)
         if (folder / "tokenizer.json").is_file():
             try:
@@ -123,8 +128,7 @@ class Tokenizer:
                 "messages need a chat template, this tokenizer has none: send a plain prompt, or add "
                 "chat_template.jinja to the checkpoint and build again"
             )
-        names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        special = {name: text for name in names if (text := self._special_text(name)) is not None}
+        special = {name: text for name in SPECIAL_TOKENS if (text := self._special_text(name)) is not None}
         prompt = chat_template.render(self.template, messages, special, add_generation_prompt=add_generation_prompt)
         # the template wrote the special tokens out
         return prompt, self._ids(prompt, add_special_tokens=False)
@@ -244,16 +248,28 @@ def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        named = {str(entry.get("name")): entry.get("template") for entry in entries}
         template = named.get("default", next(iter(named.values()), None))
+    if template is not None:
+        _check_text(folder, "chat_template", template)
     return template
+
+
+def _check_text(folder: Path, name: str, value: object) -> None:
+    """Refuse what is no text, or text with half a character (a lone surrogate, as JSON can spell it)."""
+    if not isinstance(value, str) or value.encode(errors="replace").decode() != value:
+        raise CheckpointError(
+            f"{name} in tokenizer_config.json of {folder.name} is {value!r:.40}, expected text: fetch the file again"
+        )
 
 
 def _eos_token_ids(folder: Path, config: Mapping[str, Any], backend: BackendTokenizer) -> tuple[int, ...]:
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         value = _read_json(folder / name).get("eos_token_id")
-        found.update([value] if isinstance(value, int) else value or [])
+        listed = value if isinstance(value, list) else [value]
+        found.update(token for token in listed if isinstance(token, int) and not isinstance(token, bool))
     token = config.get("eos_token")
     number = backend.token_to_id(token["content"] if isinstance(token, dict) else token) if token else None
     return tuple(sorted(found | ({number} if number is not None else set())))

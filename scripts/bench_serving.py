@@ -23,6 +23,7 @@ With --n 1 every round of every stream settles its tokens and sends a piece: the
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -42,14 +43,11 @@ from smc_engines.executor import Executor
 from smc_engines.sampling_params import SamplingParams
 from smc_engines.serving.triton_client import TritonClient
 
+_NUMBERS = itertools.count()
 PROMPT = "The capital of France is"
-# what a client of streamed text reads, and the executor's times, to be taken off
-OUTPUTS = (
-    "text_output",
-    "sequence_length",
-    "finish_reason",
-    *(f"{name}_time_ns" for name in ("arrival", "first_token", "last_token")),
-)
+# What a client of streamed text reads. The executor's own times come from its log: each as a tensor would be a cost of the
+# measurement.
+OUTPUTS = ("text_output", "sequence_length", "finish_reason")
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -83,7 +81,7 @@ class Wave:
     seconds: float = 0.0
     rest_cpu_s: float = 0.0
     client_cpu_s: float = 0.0
-    requests: list[dict[str, float]] = field(default_factory=list)
+    requests: list[dict[str, Any]] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
 
     @property
@@ -108,11 +106,28 @@ class Wave:
 
 @dataclass(frozen=True)
 class Served:
-    """A running smc-serve: its gRPC address and its processes."""
+    """A running smc-serve: its gRPC address, its processes and its log."""
 
     address: str
     executor: int
     rest: tuple[int, ...]
+    log: Path
+
+    def take_off(self, rows: list[dict[str, Any]]) -> None:
+        """Add to each request what was spent outside the executor, whose times the log has by the request's tag."""
+        limit = time.monotonic() + 10
+        while True:
+            events = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+            ends = {event["tag"]: event for event in events if event["event"] == "finished"}
+            if all(row["tag"] in ends for row in rows):
+                break
+            if time.monotonic() > limit:
+                raise SystemExit("the log does not name every request, expected the executor's times: a bug")
+            time.sleep(0.05)
+        for row in rows:
+            end = ends[row["tag"]]
+            row["outside_first_ms"] = row["first_ms"] - end["first_token_ms"]
+            row["outside_ms"] = row["total_ms"] - end["total_ms"]
 
 
 def pin(pid: int, last: bool) -> None:
@@ -143,7 +158,7 @@ def cpu_s(pid: int) -> float:
 def wave_alone(executor: Executor, options: argparse.Namespace, streams: int) -> Wave:
     """All requests at once through the executor in this process."""
     wave, starts = Wave(), {}
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     if options.own_core:
         pin(os.getpid(), last=True)
     started = time.perf_counter()
@@ -193,21 +208,15 @@ def wave_served(served: Served, options: argparse.Namespace, clients: list[Trito
 
 def one_request(
     client: TritonClient, options: argparse.Namespace, number: int, executor: int
-) -> tuple[dict[str, float], list[Piece]]:
-    """One streamed request: its times in ms, as the client and as the executor saw them, and its pieces."""
-    values = {**sampling(options, number), "text_input": PROMPT, "stream": True, "return_perf_metrics": True}
-    began, pieces, last = time.perf_counter(), [], {}
-    for response in client.stream("smc", values, outputs=OUTPUTS):
+) -> tuple[dict[str, Any], list[Piece]]:
+    """One streamed request: its tag, its times in ms as the client saw them, and its pieces."""
+    values = {**sampling(options, number), "text_input": PROMPT, "stream": True}
+    tag = f"bench-{next(_NUMBERS)}"
+    began, pieces = time.perf_counter(), []
+    for response in client.stream("smc", values, request_id=tag, outputs=OUTPUTS):
         pieces.append(Piece(number, response["sequence_length"].item(), time.perf_counter(), cpu_s(executor)))
-        last = response
     total_ms, first_ms = 1e3 * (time.perf_counter() - began), 1e3 * (pieces[0].at_s - began)
-    times = {name: last[f"{name}_time_ns"].item() / 1e6 for name in ("arrival", "first_token", "last_token")}
-    row = {
-        "first_ms": first_ms,
-        "outside_first_ms": first_ms - (times["first_token"] - times["arrival"]),
-        "outside_ms": total_ms - (times["last_token"] - times["arrival"]),
-    }
-    return row, pieces
+    return {"tag": tag, "first_ms": first_ms, "total_ms": total_ms}, pieces
 
 
 @contextmanager
@@ -229,7 +238,7 @@ def serve(engine: str, threads: int) -> Iterator[Served]:
                     time.sleep(0.1)
                 state = json.loads(path.read_text())
                 rest = (state["processes"]["tritonserver"], *state["stubs"].values())
-                yield Served(f"127.0.0.1:{state['grpc']}", state["processes"]["executor"], rest)
+                yield Served(f"127.0.0.1:{state['grpc']}", state["processes"]["executor"], rest, log)
             finally:
                 process.terminate()
                 process.wait()
@@ -253,6 +262,7 @@ def measure(options: argparse.Namespace, executor: Executor, served: Served, str
             pairs.append((waves[0], waves[1]))
             print(f"  {streams} streams, pair {number + 1} of {options.repeats}", file=sys.stderr)
     alone, over = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    served.take_off([row for wave in over for row in wave.requests])
     steady = [(a.steady(), b.steady()) for a, b in pairs]
 
     def added(name: str) -> dict[str, float]:

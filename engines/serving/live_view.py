@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,32 +13,39 @@ MAX_TEXT = 240
 
 
 class Tally:
-    """Sums over rounds and requests since the start."""
+    """Sums over rounds and requests since the start.
+
+    A running request keeps its own record of rounds, so nothing has to be noted between two reports.
+    """
 
     def __init__(self) -> None:
         self.counts = dict.fromkeys(("requests", "refused", "cancelled", "failed", "resamples", "recoveries"), 0)
+        self.ess_mean = 0.0
         self._seen: dict[str, int] = {}
-        self._recent_ess: deque[float] = deque(maxlen=256)
+        self._ess_sum, self._ess_count = 0.0, 0
 
-    @property
-    def ess_mean(self) -> float:
-        """Mean ESS of the last 256 rounds; 0 before the first."""
-        return sum(self._recent_ess) / len(self._recent_ess) if self._recent_ess else 0.0
-
-    def observe(self, running: Iterable[Request], outputs: Sequence[RequestOutput]) -> None:
-        """Take note of one step."""
+    def catch_up(self, running: Iterable[Request]) -> None:
+        """Count the rounds that running requests have had since the last time."""
         for request in running:
-            self._rounds(request.request_id, request.trace)
-        for output in outputs:
-            if output.finished:
-                self._rounds(output.request_id, output.info.trace if output.info else ())
-                self._seen.pop(output.request_id, None)
+            self._count(request.request_id, request.trace)
 
-    def _rounds(self, request_id: str, trace: Sequence[RoundInfo]) -> None:
-        for entry in trace[self._seen.get(request_id, 0) :]:
-            self._recent_ess.append(entry.ess)
-            self.counts["resamples"] += entry.resampled
-            self.counts["recoveries"] += entry.recovered
+    def end(self, output: RequestOutput) -> None:
+        """Count the last rounds of a request that ended."""
+        self._count(output.request_id, output.info.trace if output.info else ())
+        self._seen.pop(output.request_id, None)
+
+    def close_report(self) -> None:
+        """Begin a new mean ESS; without a round the last one stands."""
+        if self._ess_count:
+            self.ess_mean = self._ess_sum / self._ess_count
+        self._ess_sum, self._ess_count = 0.0, 0
+
+    def _count(self, request_id: str, trace: Sequence[RoundInfo]) -> None:
+        new = trace[self._seen.get(request_id, 0) :]
+        self._ess_sum += sum(entry.ess for entry in new)
+        self._ess_count += len(new)
+        self.counts["resamples"] += sum(entry.resampled for entry in new)
+        self.counts["recoveries"] += sum(entry.recovered for entry in new)
         self._seen[request_id] = len(trace)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -31,5 +32,5 @@ class Log:
     def _write(self, level: str, event: str, fields: dict[str, Any]) -> None:
         moment = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         line = json.dumps({"time": moment, "level": level, "part": self._part, "event": event, **fields}, default=str)
-        with _LOCK:
+        with _LOCK, contextlib.suppress(OSError):  # on a full disk a line is lost, and not the service
             print(line, file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -26,6 +26,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from tritonclient.utils import InferenceServerException
 
 from smc_engines.serving.openai_answers import Answer, Format, chat_format, completion_format
+from smc_engines.serving.openai_guard import LimitBody, RequireKey, read_keys
 from smc_engines.serving.openai_schema import ChatRequest, CompletionRequest, FrontError
 from smc_engines.serving.triton_client import ERROR_OUTPUTS, ServingError, make_inputs, to_arrays, to_error
 
@@ -43,12 +44,13 @@ _STATUS = {
 }
 
 
-def create_app(grpc_address: str, model_name: str) -> FastAPI:
+def create_app(grpc_address: str, model_name: str, keys: Sequence[bytes] = ()) -> FastAPI:
     """The front as an ASGI application.
 
     Args:
         grpc_address: host:port of the Triton Inference Server.
         model_name: what /v1/models lists; requests must name it.
+        keys: API keys, of which a request must send one; without any the API is open.
     """
     started = int(time.time())
     clients: dict[str, grpcaio.InferenceServerClient] = {}
@@ -60,6 +62,8 @@ def create_app(grpc_address: str, model_name: str) -> FastAPI:
         await clients["grpc"].close()
 
     app = FastAPI(title="smc-serve", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(LimitBody)
+    app.add_middleware(RequireKey, keys=keys)  # the last one added comes first
 
     @app.exception_handler(FrontError)
     async def refused(_request: Request, error: FrontError) -> JSONResponse:
@@ -272,13 +276,18 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--model-name", required=True)
+    parser.add_argument("--api-key-file", help="keys, one a line; without it the API is open")
+    parser.add_argument("--cert", help="TLS certificate, PEM")
+    parser.add_argument("--key", help="its private key, PEM")
     options = parser.parse_args()
     uvicorn.run(
-        create_app(options.grpc, options.model_name),
+        create_app(options.grpc, options.model_name, read_keys(options.api_key_file) if options.api_key_file else ()),
         host=options.host,
         port=options.port,
         log_level="warning",
         timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
+        ssl_certfile=options.cert,
+        ssl_keyfile=options.key,
     )
 
 

@@ -73,6 +73,7 @@ class _Request(BaseModel):
     min_p: float | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
+    cache_prompt: bool | None = None
     priority: int | None = None
     timeout_ms: int | None = None
 
@@ -125,6 +126,7 @@ _PASSED = (
     "min_p",
     "min_tokens",
     "ignore_eos",
+    "cache_prompt",
     "priority",
     "timeout_ms",
 )
@@ -177,7 +179,7 @@ class Message(BaseModel):
         """Role and text."""
         if not isinstance(self.content, list):
             return {"role": self.role, "content": self.content or ""}
-        if any(part.get("type") != "text" for part in self.content):
+        if any(part.get("type") != "text" or not isinstance(part.get("text", ""), str) for part in self.content):
             raise FrontError("message content must be text, got another part: send text only", param="messages")
         return {"role": self.role, "content": "".join(part.get("text", "") for part in self.content)}
 

@@ -6,9 +6,11 @@ way; the idle executor makes a token for it, a busy one answers with its next st
 
 from __future__ import annotations
 
+import http.client
+import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,32 +34,52 @@ def probe(grpc_address: str, model: str, timeout_s: float) -> str | None:
     values = _INPUTS[model] or {"stream": np.ones((1, 1), np.bool_)}
     try:
         with TritonClient(grpc_address) as client:
-            for _ in client.stream(model, values, parameters={"smc_probe": True}, timeout_s=timeout_s):
+            # to its end: the server (2.51) loses a file descriptor to one in twenty clients that cancel and hang up at once
+            if list(client.stream(model, values, parameters={"smc_probe": True}, timeout_s=timeout_s)):
                 return None
     except ServingError as error:
         return f"{error.status}: {error}"
     return "no response"
 
 
+def probe_front(host: str, port: int, secure: bool, timeout_s: float) -> str | None:
+    """Probe the OpenAI front, which may be stopped although its process lives.
+
+    Returns:
+        None if it answers, else what is wrong.
+    """
+    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    trust: dict[str, Any] = (
+        {"context": ssl._create_unverified_context()} if secure else {}
+    )  # its certificate names the outside
+    connection = kind(host, port, timeout=timeout_s, **trust)
+    try:
+        connection.request("GET", "/health")
+        status = connection.getresponse().status
+    except (OSError, http.client.HTTPException) as error:
+        return repr(error)
+    finally:
+        connection.close()
+    return None if status == 200 else f"status {status}"
+
+
 class Prober:
-    """Probes every model in turn, for ever, in a thread of its own.
+    """Runs probes in turn, for ever, in a thread of its own.
 
     Args:
-        grpc_address: host:port.
-        models: their names.
+        probes: by name, each called with timeout_s and giving what is wrong, or None.
         interval_s: pause between two rounds of probes; timeout_s: how long a probe may take.
-        on_result: called with (model, what is wrong or None, when the probe began on the monotonic clock).
+        on_result: called with (name, what is wrong or None, when the probe began on the monotonic clock).
     """
 
     def __init__(
         self,
-        grpc_address: str,
-        models: tuple[str, ...],
+        probes: Mapping[str, Callable[[float], str | None]],
         interval_s: float,
         timeout_s: float,
         on_result: Callable[[str, str | None, float], None],
     ) -> None:
-        self._address, self._models = grpc_address, models
+        self._probes = dict(probes)
         self._interval_s, self._timeout_s = interval_s, timeout_s
         self._on_result = on_result
         self._closing = threading.Event()
@@ -71,8 +93,8 @@ class Prober:
 
     def _run(self) -> None:
         while not self._closing.wait(self._interval_s):
-            for model in self._models:
+            for name, run in self._probes.items():
                 if self._closing.is_set():
                     return
                 started = time.monotonic()
-                self._on_result(model, probe(self._address, model, self._timeout_s), started)
+                self._on_result(name, run(self._timeout_s), started)

@@ -116,13 +116,11 @@ class ExecutorService:
         self._receive(0 if self._executor.has_work else IDLE_POLL_MS)
         self._expire()
         if self._executor.has_work:
-            outputs = self._executor.step()
-            for output in outputs:
+            for output in self._executor.step():
                 self._publish(output)
             self._answer_probes()
             self._flush()  # what only observes comes after the answers are on their way
-            self._tally.observe(self._executor.scheduler.running, outputs)
-            self._log_ends()
+            self._note_ends()
         if time.monotonic() >= self._next_report:
             self._report()
         self._flush()
@@ -139,11 +137,8 @@ class ExecutorService:
     def _receive(self, timeout_ms: int) -> None:
         if timeout_ms and not self._socket.poll(timeout_ms):
             return
-        while True:
-            try:
-                identity, frame = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+        while int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            identity, frame = self._socket.recv_multipart()
             self._clients.setdefault(identity, _Client())
             try:
                 message = protocol.decode(frame)
@@ -261,6 +256,7 @@ class ExecutorService:
         return views
 
     def _stats(self) -> dict[str, Any]:
+        self._tally.catch_up(self._executor.scheduler.running)
         live: dict[bytes, int] = {}
         for served in self._served.values():
             live[served.identity] = live.get(served.identity, 0) + 1
@@ -291,6 +287,8 @@ class ExecutorService:
         earlier, before = self._last_report
         self._tokens_per_second = (tokens - before) / (now - earlier)
         self._last_report, self._next_report = (now, tokens), now + REPORT_S
+        self._tally.catch_up(self._executor.scheduler.running)
+        self._tally.close_report()
         stats = self._stats()
         for identity, client in self._clients.items():
             if client.pid:
@@ -313,10 +311,10 @@ class ExecutorService:
             self._put_output(served, output, {})
             return
         del self._served[output.request_id]
+        self._ended.append((served, output))
         if served.probe:
             self._outbox.put(served.identity, {"op": "probed", "id": output.request_id})
             return
-        self._ended.append((served, output))
         if output.error is not None:
             self._tally.counts["failed"] += 1
             code = protocol.INTERNAL if isinstance(output.error, NumericalError) else protocol.INVALID_ARG
@@ -333,8 +331,8 @@ class ExecutorService:
             self._put_output(served, output, {"finish": output.finish_reason, "info": self._info(served, output)})
 
     def _put_output(self, served: _Served, output: RequestOutput, end: dict[str, Any]) -> None:
-        message = {"op": "output", "id": output.request_id, "ids": list(output.new_token_ids), "text": output.new_text}
-        self._outbox.put(served.identity, {**message, **end})
+        new = {"op": "output", "id": output.request_id, "ids": output.new_token_ids, "text": output.new_text, **end}
+        self._outbox.put(served.identity, new)
 
     def _info(self, served: _Served, output: RequestOutput) -> dict[str, Any]:
         info = output.info
@@ -376,8 +374,11 @@ class ExecutorService:
             identity, {"op": "output", "id": request_id, "ids": [], "text": "", "finish": "error", "error": error}
         )
 
-    def _log_ends(self) -> None:
+    def _note_ends(self) -> None:
         for served, output in self._ended:
+            self._tally.end(output)
+            if served.probe:
+                continue
             info: RequestInfo | None = output.info
             figures = {name: getattr(info, name) for name in _LOGGED} if info is not None else {}
             reason = "deadline" if served.overdue else output.finish_reason

@@ -12,9 +12,11 @@ again, and if requests were in flight in it, whose streams would hang for ever, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import queue
+import resource
 import shutil
 import sys
 import tempfile
@@ -33,11 +35,12 @@ from smc_engines.parallel.launch import rank_command, rank_environment
 from smc_engines.serving import tritonserver
 from smc_engines.serving.control import ControlLine
 from smc_engines.serving.logs import Log
-from smc_engines.serving.probe import Prober, probe
+from smc_engines.serving.probe import Prober, probe, probe_front
 from smc_engines.serving.process import command_line, end, group_members, kill_group, spawn
 from smc_engines.serving.tritonserver import MODELS, Installation, Ports
 from smc_plugin.errors import ConfigError, SmcError
 
+FRONT = "openai"
 RUNTIME_PREFIX = "smc-serve-"
 TICK_S = 0.1
 LOST_CLIENT_WAIT_S = 3.0
@@ -56,6 +59,7 @@ class ServeOptions:
         engine: engine directory.
         host: address that every port listens on.
         openai_port, status_port: 0 is any free port, None leaves the part out.
+        openai_api_key_file: with keys that the OpenAI front asks for. openai_cert, openai_key: PEM files for its TLS.
         max_queue: requests that may wait; one more is refused at once.
         drain_s: how long running streams may go on after SIGTERM.
         start_timeout_s: from start to the first real inference. hang_timeout_s: longest silence of an executor.
@@ -69,6 +73,9 @@ class ServeOptions:
     metrics_port: int = 8002
     openai_port: int | None = None
     status_port: int | None = 8003
+    openai_api_key_file: str | None = None
+    openai_cert: str | None = None
+    openai_key: str | None = None
     max_queue: int = 256
     max_groups: int | None = None
     num_pages: int | None = None
@@ -84,6 +91,13 @@ class ServeOptions:
     verify: bool = True
     state_file: str | None = None
     log_file: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.probe_timeout_s < TURNS_OF_A_PROBE + 1:  # the executor reports once a second
+            raise ConfigError(
+                f"--probe-timeout is {self.probe_timeout_s:g} s, expected at least {TURNS_OF_A_PROBE + 1}: a shorter probe "
+                "says nothing about a busy service, so that one that hangs would never be restarted: raise it"
+            )
 
 
 def executor_command(options: ServeOptions, address: str, tp: int = 1) -> list[str]:
@@ -144,13 +158,13 @@ class Supervisor:
         self._output = open(options.log_file, "ab", buffering=0) if options.log_file else None  # noqa: SIM115
         self.executor = Part("executor", self._start_executor)
         self.server = Part("tritonserver", self._start_server)
-        self.front = Part("openai", self._start_front)
+        self.front = Part(FRONT, self._start_front)
         self.control = ControlLine(self._address)
         self._stubs: dict[str, int] = {}
         self._results: queue.SimpleQueue[tuple[str, str | None, float]] = queue.SimpleQueue()
         self._prober: Prober | None = None
         self._failures: dict[str, int] = {}
-        self._settled_at = 0.0
+        self._settled_at = self._front_answered_at = 0.0
         self.stopping = False
 
     @property
@@ -169,6 +183,8 @@ class Supervisor:
         Raises:
             SmcError: a process ended, or the time is up.
         """
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # children inherit it: a connection is a descriptor
         for part in self.parts:
             part.launch()
         limit = time.monotonic() + self.options.start_timeout_s
@@ -191,13 +207,21 @@ class Supervisor:
                 time.sleep(TICK_S)
         self._find_stubs()
         self._prober = Prober(
-            self.grpc_address,
-            MODELS,
+            self._probes(),
             self.options.probe_interval_s,
             self.options.probe_timeout_s,
             lambda *result: self._results.put(result),
         )
         self._write_state()
+
+    def _probes(self) -> dict[str, Callable[[float], str | None]]:
+        probes: dict[str, Callable[[float], str | None]] = {
+            model: functools.partial(probe, self.grpc_address, model) for model in MODELS
+        }
+        if self.openai_port is not None:
+            secure = self.options.openai_cert is not None
+            probes[FRONT] = functools.partial(probe_front, self.ports.host, self.openai_port, secure)
+        return probes
 
     def watch(self) -> None:
         """Look after everything until `stopping` is set.
@@ -227,19 +251,29 @@ class Supervisor:
     def _read_probes(self) -> None:
         while not self._results.empty():
             model, wrong, started = self._results.get()
+            part = self.front if model == FRONT else self.server
+            if part is self.front and self._front_starts(wrong):
+                continue
             if wrong is None or started < self._settled_at:  # a probe says nothing about what was restarted since
                 self._failures[model] = 0
                 continue
             # A busy executor answers after its step. Steps that outlast a probe are no fault of the server's, and an executor
             # that says nothing at all has its own limit, hang_timeout_s.
-            if self.control.reports_since(started) < TURNS_OF_A_PROBE:
+            if part is self.server and self.control.reports_since(started) < TURNS_OF_A_PROBE:
                 self._log.info("probe_slow", model=model, silence_s=round(self.control.silence_s, 1))
                 continue
             self._failures[model] = self._failures.get(model, 0) + 1
             self._log.error("probe_failed", model=model, reason=wrong, times=self._failures[model])
             if self._failures[model] >= 2:
                 self._failures.clear()
-                self._restart(self.server, f"{model} answers no probe")
+                self._restart(part, f"{model} answers no probe")
+
+    def _front_starts(self, wrong: str | None) -> bool:
+        """Whether the front has yet to answer its first probe; nobody answers while it is being imported."""
+        if wrong is None:
+            self._front_answered_at = time.monotonic()
+        started_at = self.front.starts[-1]
+        return self._front_answered_at < started_at and time.monotonic() < started_at + SERVER_START_S
 
     def _restart(self, part: Part, reason: str) -> None:
         self._log.error("restart", name=part.name, reason=reason)
@@ -330,6 +364,9 @@ class Supervisor:
         command = [sys.executable, "-m", "smc_engines.serving.openai_front", "--grpc", self.grpc_address]
         command += ["--host", self.ports.host, "--port", str(self.openai_port)]
         command += ["--model-name", Path(self.options.engine).resolve().name]
+        for name in ("api_key_file", "cert", "key"):
+            if (value := getattr(self.options, f"openai_{name}")) is not None:
+                command += [f"--{name.replace('_', '-')}", value]
         return self._spawn(command, os.environ)
 
     def _spawn(self, command: Sequence[str], env: Mapping[str, str]) -> Popen[bytes]:

@@ -154,10 +154,20 @@ class TritonClient:
         if arrived is not None:
             if arrived.empty():
                 return arrived
-            self._client.stop_stream(cancel_requests=True)
+            self._cancel()
         opened: _Arrived = queue.SimpleQueue()
         self._client.start_stream(lambda result, error: opened.put((result, error)))
         return opened
+
+    def _cancel(self) -> None:
+        """End the stream and its requests.
+
+        tritonclient (2.73) forgets the thread that waits for the stream's next request: it would stay for ever.
+        """
+        stream = self._client._stream
+        self._client.stop_stream(cancel_requests=True)
+        if stream is not None:
+            stream._request_queue.put(None)
 
     def stream(
         self,
@@ -201,10 +211,12 @@ class TritonClient:
             reported = None if arrived.empty() else arrived.get()[1]
             raise to_error(reported or error) from None
         finally:
-            if ended and self._keeps_stream:
+            if not ended:
+                self._cancel()
+            elif self._keeps_stream:
                 self._idle = arrived
             else:
-                client.stop_stream(cancel_requests=not ended)
+                client.stop_stream()
 
 
 def _responses(arrived: _Arrived, timeout_s: float | None) -> Iterator[dict[str, np.ndarray]]:

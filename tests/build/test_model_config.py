@@ -144,7 +144,7 @@ def test_an_unused_sliding_window_is_accepted() -> None:
         ({"hidden_size": None}, "hidden_size"),
         ({"num_key_value_heads": 5}, "32 attention heads cannot share 5 KV heads"),
         ({"head_dim": 63}, "head_dim is 63"),
-        ({"num_hidden_layers": 0}, "num_layers is 0"),
+        ({"num_hidden_layers": 0}, "'num_hidden_layers' is 0"),
         ({"head_dim": None, "num_attention_heads": 24, "num_key_value_heads": 8}, "does not divide by 24"),
     ],
 )

@@ -110,6 +110,31 @@ def test_the_same_run_twice_is_identical_to_the_last_bit(letters: Toy) -> None:
     assert any(others[name].token_ids != first[name].token_ids for name in first)
 
 
+WILD = (
+    {"top_k": 2**31 - 1, "temperature": 100.0},
+    {"power_alpha": 100.0, "temperature": 1e-3},
+    {"draft_temperature": 1e-4, "ess_threshold": 0.0, "num_particles": 8},
+    {"min_p": 1.0, "top_p": 1e-6, "power_alpha": 1e-6},
+    {"draft_temperature": 100.0, "num_draft_tokens": 5, "ess_threshold": 1.0, "num_particles": 8},
+)
+
+
+def test_wild_company_changes_no_token(letters: Toy) -> None:
+    """Degenerate weights, filters that leave one token or all, extreme powers: others' answers stay what they are alone."""
+    calm = jobs(10, seed=11)
+    alone: dict[str, RequestOutput] = {}
+    for job in calm:
+        alone |= run(letters.executor(prefix_cache=False), [job])
+    wild = [
+        (f"wild {number}", (1, 2, 3), replace(BASE, seed=number, **WILD[number % len(WILD)], max_tokens=12))
+        for number in range(15)
+    ]
+    mixed = random.Random(3).sample([*calm, *wild], len(calm) + len(wild))
+    together = run(letters.executor(max_groups=16), mixed, arrivals=9)
+    for name, output in alone.items():
+        assert_same(together[name], output)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(letters: Toy) -> dict[str, RequestOutput]:
     """200 requests that nobody cancels."""

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -275,3 +276,16 @@ def test_an_error_reaches_a_client_that_named_other_outputs(service: Service) ->
             parameters={"smc_error_outputs": True},
         )
         assert "max_tokens must be in" in str(arrived.get(timeout=20))
+
+
+def test_given_up_calls_leave_no_thread(service: Service) -> None:
+    """Each left one behind, in the watchdog too, whose probes end that way: smc-serve grew by two threads a second."""
+    before = threading.active_count()
+    for _ in range(12):
+        stream = service.stream("smc", {**STREAMING, "max_tokens": 300})
+        next(stream)
+        stream.close()
+    limit = time.monotonic() + 20
+    while threading.active_count() > before + 2 and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert threading.active_count() <= before + 2

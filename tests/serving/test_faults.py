@@ -126,6 +126,16 @@ def test_a_slow_step_is_no_reason_to_restart_the_server(service: Service) -> Non
     assert service.state["processes"] == state["processes"]
 
 
+def test_a_stopped_front_is_restarted(service: Service) -> None:
+    """Nobody probed the front: while its process lived, its clients would have waited for ever."""
+    service.wait(service.works, BACK_S, "it works before")
+    pid = service.state["processes"]["openai"]
+    os.kill(pid, signal.SIGSTOP)
+    service.wait(lambda: service.state["processes"]["openai"] != pid, BACK_S, "a new front")
+    client = openai.OpenAI(base_url=service.url("openai", "/v1"), api_key="none", max_retries=9, timeout=ERROR_S)
+    assert client.models.list().data[0].id == "tiny"
+
+
 def test_idle_stub_is_healed_without_a_restart(service: Service) -> None:
     service.wait(lambda: service.works("ensemble"), BACK_S, "it works before")
     service.idle()
@@ -209,6 +219,8 @@ def test_numpy_2_is_refused(tmp_path: Path) -> None:
     [
         (["--engine", "missing"], "missing"),
         (["--http-port", "9000", "--grpc-port", "9000"], "--grpc-port and --http-port are both 9000"),
+        # a stopped server was never noticed with a timeout of 3 s: the executor had not reported often enough meanwhile
+        (["--probe-timeout", "3"], "--probe-timeout is 3 s, expected at least 5"),
         (["--serve-env", "nowhere"], "no Triton Inference Server was found"),
         (["--tritonserver", "/bin/true"], "cannot serve, expected tritonserver with backends/python"),
     ],

@@ -45,6 +45,11 @@ def test_http_errors(service: Service) -> None:
     assert b"prompt is empty" in body
     status, _ = service.post("/v2/models/made_up/generate", {})
     assert status == 404
+    # the server makes a parameter of a name that it does not know, and such a request got the defaults in silence
+    status, body = service.post("/v2/models/smc/generate", {"text_input": "a", "max_token": 2})
+    assert status == 400
+    assert b"unknown input or parameter 'max_token'" in body
+    assert b"did you mean 'max_tokens'?" in body
 
 
 def test_metrics_follow_the_work(service: Service) -> None:

@@ -1,7 +1,8 @@
 """The model behind every model.py: requests of Triton Inference Server to the executor, its outputs back as responses.
 
 Owns the live requests of one model. `execute` checks a request, submits it and returns at once (the models are decoupled);
-the executor client's thread fills mailboxes, the sender thread sends responses, and a poller notices cancelled requests.
+the executor client's thread fills mailboxes and, whenever it has read everything, sends a response; a poller notices
+cancelled requests.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import contextlib
 import itertools
 import json
 import os
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,13 +68,11 @@ class SmcModel:
         self._numbers = itertools.count()
         self._live: dict[str, tuple[LiveRequest, int]] = {}
         self._probes: dict[str, Any] = {}
-        self._ready: queue.SimpleQueue[LiveRequest | None] = queue.SimpleQueue()
-        self._sender = threading.Thread(target=self._deliver_all, name="sender", daemon=True)
-        self._sender.start()
+        self._ready: deque[LiveRequest] = deque()
         self._closing = threading.Event()
         self._tokens = TokenMetrics(self._name)
         self._metrics = ExecutorMetrics(self._name)
-        self._client = ExecutorClient(address, self._name, self._on_message, self._on_disconnect)
+        self._client = ExecutorClient(address, self._name, self._on_message, self._on_disconnect, self._deliver)
         self._poller = threading.Thread(target=self._poll_cancelled, name="cancellations", daemon=True)
         self._poller.start()
 
@@ -104,8 +103,8 @@ class SmcModel:
         self._poller.join(timeout=5)
         self._client.close()
         self._on_disconnect()
-        self._ready.put(None)
-        self._sender.join()
+        while self._deliver():
+            pass
 
     def _start(self, request: Any, parameters: dict[str, Any], outputs: Sequence[str], sender: Sender) -> None:
         if not self._client.connected:
@@ -168,6 +167,7 @@ class SmcModel:
             )
         if not self._client.connected:  # it went away meanwhile; nobody else will answer
             self._fail_live(live)
+            self._client.wake()
 
     def _on_message(self, message: dict[str, Any]) -> None:
         if message["op"] == "output":
@@ -176,7 +176,7 @@ class SmcModel:
                 if not message.get("finish"):
                     self._client.send(protocol.encode("cancel", id=message["id"]))
             elif entry[0].put(entry[1], message):
-                self._ready.put(entry[0])
+                self._ready.append(entry[0])
         elif message["op"] == "probed":
             sender = self._probes.pop(message["id"], None)
             if sender is not None:
@@ -196,24 +196,22 @@ class SmcModel:
     def _fail_live(self, live: LiveRequest) -> None:
         error = {"code": protocol.UNAVAILABLE, "message": _GONE}
         if live.put(0, {"ids": [], "text": "", "finish": "error", "error": error}):
-            self._ready.put(live)
+            self._ready.append(live)
 
-    def _deliver_all(self) -> None:
-        """The sender thread, until `finalize`."""
-        while (live := self._ready.get()) is not None:
-            self._deliver(live)
-
-    def _deliver(self, live: LiveRequest) -> None:
-        """Send what waits for one request until nothing does."""
-        while mail := live.take():
-            for index, message in mail.items():
-                if live.closed:
-                    continue
-                try:
-                    self._send(live, index, message)
-                except Exception as error:
-                    pb_utils.Logger.log_error(f"model {self._name}: cannot send a response: {error!r}")
-                    self._close(live)
+    def _deliver(self) -> bool:
+        """Send what waits for one request; returns whether there was one."""
+        if not self._ready:
+            return False
+        live = self._ready.popleft()
+        for index, message in live.take().items():
+            if live.closed:
+                continue
+            try:
+                self._send(live, index, message)
+            except Exception as error:
+                pb_utils.Logger.log_error(f"model {self._name}: cannot send a response: {error!r}")
+                self._close(live)
+        return True
 
     def _send(self, live: LiveRequest, index: int, message: dict[str, Any]) -> None:
         if message.get("error"):

@@ -9,6 +9,7 @@ A request of batch size 2 with num_return_sequences 3 becomes 6 sub-requests: (b
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -100,11 +101,17 @@ class Contract:
 
         Args:
             arrays: input tensors by name.
-            parameters: the request's own parameters (smc_priority, smc_timeout_ms; others are not for here).
+            parameters: the request's own parameters. Of ours, smc_priority and smc_timeout_ms count here. The HTTP endpoint
+                also makes a parameter of whatever it does not know as an input.
             outputs: see Parsed.
         Raises:
             InputError: something is wrong or not supported.
         """
+        for name in parameters:
+            if name not in PARAMETERS and not name.startswith("triton_"):
+                close = difflib.get_close_matches(name, [*self.inputs, *PARAMETERS], n=1)
+                hint = f"did you mean {close[0]!r}?" if close else "leave it out"
+                raise InputError(f"unknown input or parameter {name!r}, expected one of config.pbtxt's inputs: {hint}")
         if "stop" in arrays and bool(np.all(self.inputs["stop"].read(arrays["stop"]))):
             return Parsed(stop=True)
         values = read_fields(self.inputs, arrays)
@@ -116,6 +123,13 @@ class Contract:
         timeout_ms = _parameter(parameters, "smc_timeout_ms", parsed.timeout_ms, 1, INT32_MAX)
         chosen = {"priority": priority or 0, "timeout_ms": timeout_ms, "outputs": frozenset(outputs)}
         return Parsed(**{**vars(parsed), **chosen})
+
+
+# ours, and those that the server or its protocol gives a meaning
+PARAMETERS = (
+    *("smc_priority", "smc_timeout_ms", "smc_probe", "smc_error_outputs"),
+    *("sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "binary_data_output"),
+)
 
 
 def _parameter(parameters: Mapping[str, Any], name: str, default: int | None, low: int, high: int) -> int | None:

@@ -1,4 +1,4 @@
-"""The adapter's line to the executor: one ZeroMQ DEALER socket, read by a thread of its own.
+"""The adapter's line to the executor: one ZeroMQ DEALER socket, read by a thread of its own, which also acts on what it read.
 
 Commands are sent by whoever has one, under a lock, because a hand-over to another thread would cost a request more than the
 sending does. A ZeroMQ socket may go from thread to thread like that; only its file descriptor needs care, which tells of news
@@ -33,6 +33,8 @@ class ExecutorClient:
         model: the model's name, so that the executor can tell its clients apart.
         on_message: called in the client's thread with every message.
         on_disconnect: called in the client's thread when the executor is gone.
+        on_quiet: called in the client's thread when nothing is left to read, for a piece of other work; returns whether there
+            was one. Reading goes before it, and no other thread has to be woken for it.
     """
 
     def __init__(
@@ -41,8 +43,9 @@ class ExecutorClient:
         model: str,
         on_message: Callable[[dict[str, Any]], None],
         on_disconnect: Callable[[], None],
+        on_quiet: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._on_message, self._on_disconnect = on_message, on_disconnect
+        self._on_message, self._on_disconnect, self._on_quiet = on_message, on_disconnect, on_quiet
         self._hello = protocol.encode("hello", model=model, pid=os.getpid())
         self._lock = threading.Lock()
         self._wake_in, self._wake_out = socket.socketpair()
@@ -73,15 +76,16 @@ class ExecutorClient:
                 self._socket.send(frame, zmq.NOBLOCK)
             unread = self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN  # sending may have taken the reader's signal
         if unread:
-            self._wake()
+            self.wake()
 
     def close(self) -> None:
         """Stop the thread and close the sockets."""
         self._closing = True
-        self._wake()
+        self.wake()
         self._thread.join(timeout=5)
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Make the client's thread look for something to read or to do; any thread may call this."""
         with contextlib.suppress(BlockingIOError):
             self._wake_in.send(b"!")
 
@@ -96,6 +100,8 @@ class ExecutorClient:
             if self._monitor in readable:
                 self._read_monitor()
             self._receive()
+            while self._on_quiet() and not self._closing:
+                self._receive()
         with self._lock:
             self._socket.disable_monitor()
             self._monitor.close(0)

@@ -1,7 +1,7 @@
 """A request on its way back to the client: what has arrived from the executor and what has been sent.
 
 Outputs wait in a mailbox and are merged while they wait, so that a slow receiver costs at most one answer's memory and
-never holds up another request. One worker at a time serves a mailbox, which keeps the order.
+never holds up another request. One thread empties all mailboxes, which keeps the order.
 """
 
 from __future__ import annotations
@@ -69,7 +69,6 @@ class LiveRequest:
         self.cancelled = False
         self._lock = threading.Lock()
         self._mail: dict[int, dict[str, Any]] = {}
-        self._scheduled = False
 
     @property
     def finished(self) -> bool:
@@ -77,17 +76,14 @@ class LiveRequest:
         return all(answer.finish is not None for answer in self.answers)
 
     def put(self, index: int, message: dict[str, Any]) -> bool:
-        """Leave an output of sub-request `index`; returns whether a worker must be called."""
+        """Leave an output of sub-request `index`; returns whether the mailbox was empty, and its owner must be told."""
         with self._lock:
-            waiting = self._mail.get(index)
+            empty, waiting = not self._mail, self._mail.get(index)
             self._mail[index] = message if waiting is None else protocol.merge(waiting, message)
-            call = not self._scheduled
-            self._scheduled = True
-        return call
+        return empty
 
     def take(self) -> dict[int, dict[str, Any]]:
-        """Empty the mailbox; when it is empty the worker is done and must return."""
+        """Empty the mailbox."""
         with self._lock:
             mail, self._mail = self._mail, {}
-            self._scheduled = bool(mail)
         return mail

@@ -1,0 +1,437 @@
+"""Break a served engine in every way that can be arranged, and measure what clients see: python scripts/faults.py
+
+Rows are (fault, part, phase). For each: what requests in flight got and after how many seconds, how long until a request
+succeeds again without a person, or how smc-serve ended, and whether a process, shared memory or file was left. A row fails when
+a client waits longer than LIMIT_S, service does not come back, an answer is wrong, or something is left; then the exit
+status is 1.
+
+    kill executor while streaming   clients UNAVAILABLE after 0.1 s   service back after 5.2 s
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from served import Served, serve, tiny_engine
+
+from smc_engines.serving.process import command_line, group_members
+from smc_engines.serving.triton_client import ServingError, TritonClient
+
+LIMIT_S = 90.0
+# the watchdog's times, shorter than its defaults so that a table takes minutes; they bound every row of a stopped process
+WATCH = (
+    "--probe-interval",
+    "0.5",
+    "--probe-timeout",
+    "6",
+    "--hang-timeout",
+    "6",
+    "--start-timeout",
+    "45",
+    "--drain",
+    "6",
+)
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+PARTS = ("executor", "tritonserver", "stub", "openai")
+STREAM = {
+    "text_input": "hello",
+    "stream": True,
+    "num_particles": 1,
+    "num_draft_tokens": 2,
+    "ignore_eos": True,
+    "seed": 1,
+}
+LONG, SHORT = 900, 4
+COMMANDS = {
+    "executor": "executor_process",
+    "tritonserver": "bin/tritonserver",
+    "stub": "python_backend_stub",
+    "openai": "openai_front",
+}
+Row = dict[str, Any]
+
+
+class FaultError(AssertionError):
+    """A row did not go as it must."""
+
+
+def over_openai(service: Served, tokens: int) -> str:
+    """A streamed completion of the front; returns its raw events."""
+    body = {
+        "model": service.model,
+        "prompt": "hello",
+        "max_tokens": tokens,
+        "num_particles": 1,
+        "stream": True,
+        "ignore_eos": True,
+    }
+    url = f"{service.url('openai')}/v1/completions"
+    with httpx.stream("POST", url, json=body, timeout=LIMIT_S) as answer:
+        text = "".join(answer.iter_text())
+    if answer.status_code != 200 or '"error"' in text or not text.rstrip().endswith("[DONE]"):
+        raise ServingError(text[-200:], f"HTTP {answer.status_code} with an error")
+    return text
+
+
+def over_grpc(service: Served, tokens: int) -> list[int]:
+    """A streamed answer of model smc; returns its tokens."""
+    with TritonClient(f"127.0.0.1:{service.state['grpc']}") as client:
+        values = {**STREAM, "max_tokens": tokens}
+        answer = client.stream("smc", values, timeout_s=LIMIT_S if tokens == LONG else 3.0)
+        return [int(token) for response in answer for token in response["output_ids"].ravel()]
+
+
+def in_flight(service: Served, part: str, count: int = 2) -> tuple[list[threading.Thread], list[tuple[str, float]]]:
+    """Long streams through the part; their ends and when they came."""
+    ends: list[tuple[str, float]] = []
+    ask = over_openai if part == "openai" else over_grpc
+
+    def run() -> None:
+        try:
+            ask(service, LONG)
+            end = "whole"
+        except ServingError as error:
+            end = error.status
+        except httpx.HTTPError as error:
+            end = type(error).__name__
+        ends.append((end, time.monotonic()))
+
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    service.wait(lambda: service.status().get("running", 0) >= count, LIMIT_S, "streams run")
+    return threads, ends
+
+
+def strike(service: Served, part: str, fault: str) -> float:
+    """Send the signal; returns when."""
+    pids = service.pids
+    os.kill(pids["stub smc"] if part == "stub" else pids[part], SIGNALS[fault])
+    return time.monotonic()
+
+
+def running_service(service: Served, fault: str, part: str, phase: str, want: list[int]) -> Row:
+    """A fault of a service that is idle or streams; it must come back by itself."""
+    # the state file names new processes only when they are ready
+    service.wait(lambda: all(map(command_line, service.pids.values())) and service.works(), LIMIT_S, "it works before")
+    threads, ends = in_flight(service, part) if phase == "streaming" else ([], [])
+    struck = strike(service, part, fault)
+    for thread in threads:
+        thread.join(LIMIT_S)
+        if thread.is_alive():
+            raise FaultError(f"a client still waits after {LIMIT_S:g} s")
+
+    def works() -> bool:
+        with contextlib.suppress(ServingError, httpx.HTTPError, OSError):
+            if part == "openai":
+                return bool(over_openai(service, SHORT))
+            got = over_grpc(service, SHORT)
+            if got != want:
+                raise FaultError(f"the answer was {got} after the fault, expected {want}")
+            return True
+        return False
+
+    service.wait(works, LIMIT_S, "a request succeeds again")
+    back = time.monotonic() - struck
+    service.wait(service.idle, LIMIT_S, "no page is held")
+    seen = sorted({end for end, _ in ends})
+    row: Row = {"clients": seen, "back_s": round(back, 2)}
+    if ends:
+        row["error_s"] = round(max(at for _, at in ends) - struck, 2)
+    return row
+
+
+def child(service: Served, part: str) -> int | None:
+    """The process of a part while it starts, before the state file names it."""
+    groups = [
+        int(stat.parent.name) for stat in Path("/proc").glob("[0-9]*/stat") if _parent(stat) == service.process.pid
+    ]
+    for pid in [member for group in groups for member in group_members(group)]:
+        if any(COMMANDS[part] in argument for argument in command_line(pid)):
+            return pid
+    return None
+
+
+def _parent(stat: Path) -> int:
+    try:
+        return int(stat.read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def while_loading(engine: Path, fault: str, part: str) -> Row:
+    """A fault before the service is ready: smc-serve must say so, end with status 1 and leave nothing."""
+    with serve(engine, *WATCH, wait=False) as service:
+        service.wait(lambda: child(service, part) is not None, LIMIT_S, f"{part} is there")
+        pid = child(service, part)
+        assert pid is not None
+        os.kill(pid, SIGNALS[fault])
+        struck = time.monotonic()
+        try:
+            status = service.process.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            raise FaultError(f"smc-serve still starts after {LIMIT_S:g} s") from None
+        message = [line for line in service.log.splitlines() if line.startswith("smc-serve: ")]
+        return {
+            "status": status,
+            "ended_s": round(time.monotonic() - struck, 2),
+            "says": message[-1:],
+            "left": left_by(service),
+        }
+
+
+def left_by(service: Served) -> list[str]:
+    """What a service that wrote no state left: its folder, regions and processes carry its process id."""
+    own = f"smc-serve-{service.process.pid}-"
+    places = (Path(tempfile.gettempdir()), Path("/dev/shm"))
+    return [str(path) for place in places for path in place.glob(f"{own}*")]
+
+
+def while_draining(engine: Path, fault: str, part: str) -> Row:
+    """A fault after SIGTERM, with streams under way: smc-serve must end in bounded time and leave nothing."""
+    with serve(engine, *WATCH) as service:
+        threads, ends = in_flight(service, part)
+        state = service.state
+        service.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        struck = strike(service, part, fault)
+        try:
+            status = service.process.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            raise FaultError(f"smc-serve still drains after {LIMIT_S:g} s") from None
+        ended = time.monotonic() - struck
+        for thread in threads:
+            thread.join(LIMIT_S)
+            if thread.is_alive():
+                raise FaultError(f"a client still waits {LIMIT_S:g} s after the end")
+        left = service.leftovers(state)
+        return {"status": status, "ended_s": round(ended, 2), "clients": sorted({end for end, _ in ends}), "left": left}
+
+
+def spoil(engine: Path, folder: Path, damage: Callable[[Path], object]) -> Path:
+    """A damaged copy of an engine directory."""
+    copy = folder / f"damaged-{len(list(folder.iterdir()))}"
+    shutil.copytree(engine, copy)
+    damage(copy)
+    return copy
+
+
+def flip(path: Path) -> None:
+    """Flip one bit in the middle of a file."""
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+def refused(command: list[str], words: str) -> Row:
+    """A command that must end with status 1 and one line that has the words."""
+    began = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    said = done.stderr.strip().splitlines()
+    if done.returncode != 1 or "Traceback" in done.stderr or words not in done.stderr:
+        raise FaultError(f"status {done.returncode}, expected 1 and {words!r}, got {done.stderr[-600:]}")
+    line = next(line for line in said if words in line)
+    return {"status": 1, "ended_s": round(time.monotonic() - began, 2), "says": [line]}
+
+
+def limited(limit: str, command: list[str]) -> list[str]:
+    """A command under a limit of the shell's ulimit."""
+    return ["bash", "-c", f'ulimit {limit}; exec "$@"', "limited", *command]
+
+
+def files(engine: Path, folder: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """Faults of files, memory and ports at the start."""
+    executor = [
+        sys.executable,
+        "-m",
+        "smc_engines.serving.executor_process",
+        "--address",
+        f"ipc://{folder}/address",
+        "--engine",
+    ]
+    front = [sys.executable, "-m", "smc_engines.serve_cli", "--engine"]
+    weights = Path("target/weights/rank0.safetensors")
+    damages: dict[str, tuple[Callable[[Path], object], str]] = {
+        "a flipped bit in the weights": (lambda copy: flip(copy / weights), "is damaged: SHA-256"),
+        "a flipped bit in the tokenizer": (lambda copy: flip(copy / "tokenizer/tokenizer.json"), "is damaged: SHA-256"),
+        "truncated weights": (lambda copy: os.truncate(copy / weights, 1000), "has 1000 bytes, expected"),
+        "missing weights": (lambda copy: (copy / weights).unlink(), "is missing, expected"),
+        "unreadable weights": (_make_unreadable(weights), "is missing, expected"),
+        "a truncated manifest": (lambda copy: os.truncate(copy / "manifest.json", 100), "cannot read manifest.json"),
+        "weights that are a link out of the directory": (
+            _make_link(weights),
+            "expected a file inside the engine directory",
+        ),
+    }
+    for name, (damage, words) in damages.items():
+        yield name, lambda damage=damage, words=words: refused([*executor, str(spoil(engine, folder, damage))], words)
+    yield (
+        "too little memory",
+        lambda: refused(
+            limited("-v 1300000", [*executor, str(engine), "--num-pages", "300000"]), "does not fit into memory"
+        ),
+    )
+
+    def port_in_use() -> Row:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            return refused([*front, str(engine), "--grpc-port", str(taken.getsockname()[1])], "is in use on 127.0.0.1")
+
+    yield "a port in use", port_in_use
+
+    def disk_full_at_build() -> Row:
+        target = engine.parent / "target"
+        build = [
+            sys.executable,
+            "-m",
+            "smc_build.cli",
+            "--checkpoint",
+            str(target),
+            "--draft",
+            "none",
+            "--output",
+            f"{folder}/full",
+        ]
+        row = refused(limited("-f 200", build), "smc-build")
+        if (folder / "full").exists():
+            raise FaultError("a partial engine directory was left")
+        return row
+
+    yield "disk full while building", disk_full_at_build
+
+    def disk_full_for_logs() -> Row:
+        with serve(engine, *WATCH, "--log-file", "/dev/full") as service:
+            over_grpc(service, SHORT)
+            return {"clients": ["whole"], "status": service.stop()}
+
+    yield "disk full for logs", disk_full_for_logs
+
+
+def _make_unreadable(weights: Path) -> Callable[[Path], object]:
+    def damage(copy: Path) -> None:
+        (copy / weights).unlink()
+        (copy / weights).mkdir()  # a mode would not stop root
+
+    return damage
+
+
+def _make_link(weights: Path) -> Callable[[Path], object]:
+    def damage(copy: Path) -> None:
+        outside = copy.parent / f"{copy.name}-outside"
+        shutil.move(copy / weights, outside)
+        (copy / weights).symlink_to(outside)
+
+    return damage
+
+
+def attempt(name: str, work: Callable[[], Row]) -> Row:
+    """Run one row; what went wrong becomes part of it."""
+    try:
+        row = work()
+        problem = f"left {row['left']}" if row.get("left") else ""
+    except (FaultError, OSError, ServingError, subprocess.TimeoutExpired) as error:
+        row, problem = {}, f"{type(error).__name__}: {str(error)[-1500:]}"
+    row = {"fault": name, **row, **({"problem": problem} if problem else {})}
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def rows(engine: Path, folder: Path, wanted: str) -> Iterator[Row]:
+    """Every row whose name contains the wanted text, run."""
+
+    for name, work in files(engine, folder):
+        if wanted in name:
+            yield attempt(name, work)
+    yield from lasting_rows(engine, wanted)
+    for part in PARTS:
+        for fault in SIGNALS:
+            for phase in ("loading", "draining"):
+                work = while_loading if phase == "loading" else while_draining
+                if wanted in (name := f"{fault} {part}, {phase}"):
+                    yield attempt(name, lambda work=work, fault=fault, part=part: work(engine, fault, part))
+
+
+def lasting_rows(engine: Path, wanted: str) -> Iterator[Row]:
+    """Faults that one and the same service must survive, one after the other."""
+    cases = [(fault, part, phase) for phase in ("streaming", "idle") for fault in SIGNALS for part in PARTS]
+    cases = [case for case in cases if wanted in "{} {}, {}".format(*case)]
+    if not cases:
+        return
+    with serve(engine, *WATCH) as service:
+        want = over_grpc(service, SHORT)
+        for fault, part, phase in cases:
+            yield attempt(
+                f"{fault} {part}, {phase}", lambda case=(fault, part, phase): running_service(service, *case, want)
+            )
+
+
+def main() -> int:
+    """Run the rows, print them, write JSON."""
+    parser = argparse.ArgumentParser(description="Faults of a served engine, and what clients see.")
+    parser.add_argument("--only", default="", help="rows whose name contains this, for example 'executor, streaming'")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        engine = tiny_engine(folder / "model")
+        (folder / "work").mkdir()
+        table: list[Row] = []
+        for row in rows(engine, folder / "work", options.only):
+            table.append(row)
+            write(options.output, table)
+    failed = [row["fault"] for row in table if "problem" in row]
+    print(markdown(table))
+    print(f"{len(table)} rows, {len(failed)} failed: {failed}")
+    return 1 if failed else 0
+
+
+def markdown(table: list[Row]) -> str:
+    """The rows as docs/reliability.md shows them."""
+    lines = ["| fault | clients in flight | service |", "| --- | --- | --- |"]
+    for row in table:
+        clients = ", ".join(row.get("clients", ())) + (f" after {row['error_s']} s" if "error_s" in row else "")
+        if "problem" in row:
+            outcome = "FAILED"
+        elif "back_s" in row:
+            outcome = f"back after {row['back_s']} s"
+        else:
+            outcome = f"ended with status {row['status']}" + (f" after {row['ended_s']} s" if "ended_s" in row else "")
+            outcome += f": `{row['says'][0][:110]}`" if row.get("says") else ""
+        lines.append(f"| {row['fault']} | {clients or 'none'} | {outcome} |")
+    return "\n".join(lines)
+
+
+def write(output: Path | None, table: list[Row]) -> None:
+    """The rows so far, as JSON."""
+    report = {
+        "watchdog": list(WATCH),
+        "limit_s": LIMIT_S,
+        "rows": table,
+        "failed": sum("problem" in row for row in table),
+    }
+    report |= {"python": platform.python_version(), "cpus": os.cpu_count(), "load_average": os.getloadavg()[0]}
+    if output is not None:
+        output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

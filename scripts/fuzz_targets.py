@@ -1,0 +1,333 @@
+"""What the fuzzer feeds, and the rule: whatever comes in, the only exceptions are the project's own errors.
+
+A target is a function of bytes. The bytes are decisions, not contents: which value of a sound file to change, and into what, so
+that a coverage-guided fuzzer gets past the first brace. b"" changes nothing.
+
+    Choices(b"\\x05\\x02").pick(4) is 1, then pick(3) is 2, then every pick is 0
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import struct
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from distill.tiny import write_tiny_target
+from pydantic import ValidationError
+
+from smc_build.builder import BuildOptions, build_engine
+from smc_build.checkpoint import Checkpoint, read_config
+from smc_build.engine_dir import load_manifest, load_weights
+from smc_build.tokenizer_files import check_fits_vocabulary, fingerprint
+from smc_engines.config import ExecutorConfig
+from smc_engines.engine import Engine
+from smc_engines.sampling_params import SamplingParams
+from smc_engines.serving.openai_schema import ChatRequest, CompletionRequest, FrontError
+from smc_engines.serving.triton_client import make_inputs
+from smc_engines.text import Detokenizer, Tokenizer
+from smc_plugin.errors import SmcError
+
+# isort: split
+import contextlib
+
+from smc_adapter import protocol
+from smc_adapter.contracts import CONTRACTS
+from smc_adapter.fields import InputError
+
+# what a service or a command line turns into a message; anything else is a bug
+ALLOWED = (SmcError, InputError, protocol.ProtocolError, FrontError, ValidationError)
+ODD: tuple[Any, ...] = (
+    *(None, True, False, 0, -1, 1, 2, 3, 16, 255, 2**31, 2**63, 2**64, -(2**70), 10**400, 0.5, -0.0, 1e308, 1e-320),
+    *(float("nan"), float("inf"), -float("inf")),
+    *("", "a", "x" * 3000, "\ud800", "\0", "../../etc/passwd", "/etc/passwd", "nan", "1", "é", "{{ 1/0 }}", "{% for"),
+    *(
+        [],
+        {},
+        [[]],
+        [None],
+        [0],
+        [-1],
+        [2**40],
+        {"a": {}},
+        [1, "a"],
+        [[1], [2]],
+        "F64",
+        "BOOL",
+        "llama3",
+        "qwen3",
+        "llama",
+    ),
+)
+
+
+class Choices:
+    """Decisions read off some bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = data, 0
+
+    def pick(self, count: int) -> int:
+        """A number below count; 0 once the bytes are used up."""
+        width = 1 if count <= 256 else 2
+        taken = self._data[self._at : self._at + width]
+        self._at += width
+        return int.from_bytes(taken, "big") % count if taken else 0
+
+
+def mutate(value: Any, choices: Choices) -> Any:
+    """A JSON value with a few of its parts changed, removed, added or swapped."""
+    value = copy.deepcopy(value)
+    for _ in range(choices.pick(6)):
+        places = list(_places(value))
+        if not places:
+            return ODD[choices.pick(len(ODD))]
+        holder, key = places[choices.pick(len(places))]
+        action = choices.pick(6)
+        if action == 0:
+            del holder[key]
+        elif action == 1 and isinstance(holder, dict):
+            holder[("new", "", "../x", "__class__", str(key) + " ")[choices.pick(5)]] = ODD[choices.pick(len(ODD))]
+        elif action == 2:
+            other, name = places[choices.pick(len(places))]
+            holder[key] = copy.deepcopy(other[name])
+        elif action == 3 and isinstance(holder[key], (int, float)) and not isinstance(holder[key], bool):
+            holder[key] = holder[key] * (1, -1, 2, 0, 1000003)[choices.pick(5)] + choices.pick(3) - 1
+        else:
+            holder[key] = copy.deepcopy(ODD[choices.pick(len(ODD))])
+    return value
+
+
+def _places(value: Any) -> Any:
+    """Every (container, key) of a JSON value."""
+    if isinstance(value, dict):
+        for key, entry in list(value.items()):
+            yield value, key
+            yield from _places(entry)
+    elif isinstance(value, list):
+        for index, entry in enumerate(value[:40]):
+            yield value, index
+            yield from _places(entry)
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value)
+
+
+class Targets:
+    """All targets over one tiny checkpoint and one tiny engine directory, in a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._checkpoint, self._engine = folder / "target", folder / "engine"
+        self._checkpoint.mkdir()
+        write_tiny_target(self._checkpoint)
+        build_engine(
+            BuildOptions(
+                str(self._checkpoint), output=self._engine, draft="none", particles=2, groups=1, dtype="float32"
+            )
+        )
+        self._config = json.loads((self._checkpoint / "config.json").read_text())
+        self._tokenizer = json.loads((self._checkpoint / "tokenizer.json").read_text())
+        self._manifest = json.loads((self._engine / "manifest.json").read_text())
+        self._weights = (self._checkpoint / "model.safetensors").read_bytes()
+        self._shard_path = self._engine / "target" / "weights" / "rank0.safetensors"
+        self._shard = self._shard_path.read_bytes()
+        self.sound = Engine.from_dir(self._engine, ExecutorConfig(device="cpu", num_pages=40, verify=False))
+
+    @property
+    def all(self) -> dict[str, Callable[[bytes], None]]:
+        """Targets by name."""
+        names = (
+            "config",
+            "checkpoint",
+            "manifest",
+            "engine_weights",
+            "tokenizer",
+            "parameters",
+            "contract",
+            "message",
+            "openai",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    def config(self, data: bytes) -> None:
+        """config.json and generation_config.json of a checkpoint."""
+        choices = Choices(data)
+        folder = self._checkpoint
+        (folder / "config.json").write_text(_dump(mutate(self._config, choices)))
+        generation = folder / "generation_config.json"
+        if choices.pick(2):
+            generation.write_text(_dump(mutate({"eos_token_id": [1, 2]}, choices)))
+        try:
+            read_config(folder)
+        except ALLOWED:
+            pass
+        finally:
+            generation.unlink(missing_ok=True)
+            (folder / "config.json").write_text(_dump(self._config))
+
+    def checkpoint(self, data: bytes) -> None:
+        """A safetensors file whose header, length or data is wrong."""
+        self._damaged(data, self._weights, self._checkpoint / "model.safetensors", self._open_checkpoint)
+
+    def _open_checkpoint(self) -> None:
+        with Checkpoint(self._checkpoint) as checkpoint:
+            for _name, tensor in checkpoint.tensors("float32"):
+                tensor.sum()
+
+    def engine_weights(self, data: bytes) -> None:
+        """The same for a shard of an engine directory."""
+        self._damaged(data, self._shard, self._shard_path, lambda: load_weights(self._engine, "target"))
+
+    def _damaged(self, data: bytes, sound: bytes, path: Path, read: Callable[[], object]) -> None:
+        choices = Choices(data)
+        length = struct.unpack("<Q", sound[:8])[0]
+        header = mutate(json.loads(sound[8 : 8 + length]), choices)
+        text = _dump(header).encode()
+        lies = (0, 1, 2**63, len(text) + 7, 100_000_001)
+        claimed = lies[choices.pick(5)] if choices.pick(4) == 3 else len(text)
+        body = sound[8 + length :]
+        if choices.pick(4) == 3:
+            body = body[: choices.pick(65536) % (len(body) + 1)]
+        path.write_bytes(struct.pack("<Q", claimed) + text + body)
+        try:
+            read()
+        except ALLOWED:
+            pass
+        finally:
+            path.write_bytes(sound)
+
+    def manifest(self, data: bytes) -> None:
+        """manifest.json of an engine directory, as far as a loaded engine."""
+        choices = Choices(data)
+        path = self._engine / "manifest.json"
+        path.write_text(_dump(mutate(self._manifest, choices)))
+        try:
+            load_manifest(self._engine, verify=bool(choices.pick(2)))
+            Engine.from_dir(self._engine, ExecutorConfig(device="cpu", num_pages=20, verify=False))
+        except ALLOWED:
+            pass
+        finally:
+            path.write_text(_dump(self._manifest))
+
+    def tokenizer(self, data: bytes) -> None:
+        """tokenizer.json and tokenizer_config.json, used for text in and out."""
+        choices = Choices(data)
+        folder = self._checkpoint
+        (folder / "tokenizer.json").write_text(_dump(mutate(self._tokenizer, choices)))
+        plain = {
+            "bos_token": "<|im_start|>",
+            "eos_token": {"content": "<|im_end|>"},
+            "chat_template": "{{ messages[0].content }}",
+        }
+        (folder / "tokenizer_config.json").write_text(_dump(mutate(plain, choices)))
+        try:
+            fingerprint(folder)
+            check_fits_vocabulary(folder, 259)
+            tokenizer = Tokenizer.load(folder)
+            ids = tokenizer.encode("a é \ud83d" if choices.pick(9) == 8 else "a é")
+            Detokenizer(tokenizer).push(ids)
+            if tokenizer.has_chat_template:
+                tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+        except ALLOWED:
+            pass
+        finally:
+            (folder / "tokenizer_config.json").unlink()
+            (folder / "tokenizer.json").write_text(_dump(self._tokenizer))
+
+    def parameters(self, data: bytes) -> None:
+        """Sampling parameters and prompt, as far as the executor's plan of the request."""
+        sound = {
+            **{
+                "mode": "smc",
+                "num_particles": 2,
+                "num_draft_tokens": 0,
+                "ess_threshold": 0.5,
+                "temperature": 0.7,
+                "top_k": 4,
+            },
+            **{"top_p": 0.9, "min_p": 0.1, "seed": 3, "max_tokens": 4, "min_tokens": 1, "stop": ["a", "bc"]},
+            **{
+                "stop_token_ids": [1],
+                "ignore_eos": True,
+                "select": "argmax",
+                "return_particles": True,
+                "draft_temperature": 0.5,
+            },
+            **{"logprobs": True, "cache_prompt": True, "power_alpha": 2.0},
+        }
+        asked = mutate({"params": sound, "prompt": [1, 2, 3]}, Choices(data))
+        if not isinstance(asked, dict) or not isinstance(asked.get("params"), dict):
+            return
+        prompt = asked.get("prompt")
+        try:
+            params = SamplingParams.from_mapping(asked["params"])
+            self.sound.plan(prompt if isinstance(prompt, list) else [1], params)
+        except ALLOWED:
+            pass
+
+    def contract(self, data: bytes) -> None:
+        """Input tensors and request parameters of every model."""
+        choices = Choices(data)
+        contract = CONTRACTS[sorted(CONTRACTS)[choices.pick(len(CONTRACTS))]]
+        arrays = {}
+        for _ in range(1 + choices.pick(6)):
+            name = [*contract.inputs, "made_up"][choices.pick(len(contract.inputs) + 1)]
+            dtype = (np.int32, np.int64, np.float32, np.bool_, np.uint64, object)[choices.pick(6)]
+            shape = tuple((1, 2, 0, 3, 65)[choices.pick(5)] for _ in range((2, 2, 1, 3)[choices.pick(4)]))
+            fill = (b"hi", b"\xff", b"", b'[{"role": "user"}]', b"[[[[", "x")[choices.pick(6)]
+            number = (0, 1, -1, 7, 2**31 - 1, np.nan, np.inf)[choices.pick(7)]
+            with np.errstate(all="ignore"):
+                arrays[name] = np.full(shape, fill, object) if dtype is object else np.full(shape, number).astype(dtype)
+        if choices.pick(3):
+            arrays |= {"text_input": np.array([[b"hi"]], object), "max_tokens": np.ones((1, 1), np.int32)}
+        known = {"smc_priority": 1, "smc_timeout_ms": 5}
+        parameters = mutate(known, choices)
+        with contextlib.suppress(*ALLOWED):
+            contract.parse(arrays, parameters if isinstance(parameters, dict) else {}, [])
+
+    def message(self, data: bytes) -> None:
+        """Frames between adapter and executor: first as they are, then damaged JSON."""
+        sound = {"v": protocol.VERSION, "op": "submit", "id": "a", "params": {"n": 1}, "prompt": {"ids": [1, 2]}}
+        frames = [data, _dump(mutate(sound, Choices(data))).encode(), b"[" * min(len(data) * 50, 100_000)]
+        for frame in frames:
+            with contextlib.suppress(*ALLOWED):
+                protocol.decode(frame)
+
+    def openai(self, data: bytes) -> None:
+        """Bodies of the OpenAI front, as far as the tensors that it sends."""
+        choices = Choices(data)
+        shared = {"model": "m", "max_tokens": 3, "temperature": 0.5, "n": 2, "seed": 1, "stop": ["a"], "stream": True}
+        shared |= {
+            "stream_options": {"include_usage": True},
+            "num_particles": 2,
+            "presence_penalty": 0,
+            "logit_bias": {},
+        }
+        chat = {**shared, "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "logprobs": True}
+        kinds = (
+            (CompletionRequest, {**shared, "prompt": ["hi", "ho"], "logprobs": 0, "echo": True}),
+            (ChatRequest, chat),
+        )
+        kind, sound = kinds[choices.pick(2)]
+        try:
+            body = kind.model_validate(mutate(sound, choices))
+            body.check()
+            for prompt in body.prompts():
+                make_inputs("smc", {**body.inputs(), **prompt})
+        except ALLOWED:
+            pass
+
+
+def make_targets() -> Targets:
+    """Targets in a temporary folder, which lives as long as the process."""
+    torch.set_num_threads(1)
+    folder = tempfile.TemporaryDirectory()
+    targets = Targets(Path(folder.name))
+    targets.folder = folder  # type: ignore[attr-defined] (keeps it)
+    return targets
