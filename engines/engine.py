@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,19 @@ from smc_engines.sampling_params import COLDEST, MAX_EOS_IDS, SamplingParams
 from smc_engines.text import Tokenizer
 from smc_plugin.backend import kernels_for
 from smc_plugin.errors import EngineDirError, RequestError
+
+
+def _choices(params: SamplingParams, n: int, k: int) -> dict[str, Any]:
+    """Fields of RoundKind that say how a round verifies and resamples; what has no effect is left at its default, so that
+    requests run together where they can."""
+    if params.mode != "smc" or (params.exact_below >= 1 and k > 0):
+        return {"speculative": params.mode != "target"}
+    return {
+        "mixed": params.exact_below > 0 and n > 1 and k > 0,
+        "truncated": params.truncate_rounds and params.ess_threshold > 0 and n > 1 and k > 0,
+        "resampling": "systematic" if n == 1 else params.resampling,
+        "tempered": params.resample_power < 1 and n > 1,
+    }
 
 
 @dataclass(frozen=True)
@@ -192,7 +206,7 @@ class Engine:
         kind = RoundKind(
             num_particles=n,
             num_draft_tokens=k,
-            speculative=params.mode == "speculative",
+            **_choices(params, n, k),
             filtered=top_k > 0 or params.top_p < 1 or params.min_p > 0 or params.min_tokens > 0,
             stop_strings=bool(params.stop),
             draft_schedule=self.config.draft_schedule,

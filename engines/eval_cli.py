@@ -22,7 +22,7 @@ import torch
 from smc_engines.config import ExecutorConfig
 from smc_engines.eval import plot, report
 from smc_engines.eval.runner import Answers, Work, run
-from smc_engines.eval.settings import MODES, Setting, grid, parse_axis, parse_numbers
+from smc_engines.eval.settings import MODES, Setting, grid, parse_axis, parse_numbers, parse_setting
 from smc_engines.eval.statistics import summarise
 from smc_engines.eval.tasks import TASKS, load_task
 from smc_engines.executor import Executor
@@ -50,6 +50,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--vary", action="append", default=[], metavar="NAME=VALUES", help="another sampling parameter of mode smc"
+    )
+    parser.add_argument(
+        *("--also",),
+        action="append",
+        default=[],
+        metavar="NAME=VALUE,...",
+        help="one more setting, such as num_particles=4,num_draft_tokens=8,exact_below=1; mode smc unless it says otherwise",
     )
     parser.add_argument("--batch", type=int, default=64, help="requests handed over together; default %(default)s")
     parser.add_argument("--groups", type=int, default=16, help="requests decoded together; default %(default)s")
@@ -129,7 +136,12 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
         if name in axes:
             raise ConfigError(f"--vary {name} has an option of its own, see --help: use that")
         axes[name] = values
-    return grid([mode for mode in args.modes.split(",") if mode], axes)
+    settings = grid([mode for mode in args.modes.split(",") if mode], axes)
+    for text in args.also:
+        own = parse_setting(text)
+        single = {name: [value] for name, value in own.items() if name != "mode"}
+        settings += grid([own.get("mode", "smc")], {"temperature": axes["temperature"], **single})
+    return list(dict.fromkeys(settings))
 
 
 def _wanted(

@@ -62,7 +62,7 @@ class RequestInfo:
         rounds: rounds run for this request (target passes after the prefill).
         resamples: rounds that resampled. recoveries: rounds that ended early because all particles were dead.
         accepted_tokens: draft tokens accepted in all (`speculative` mode only, else 0).
-        log_evidence: log Z-hat, an unbiased estimate in exp of the total of the sequence target. 0.0 outside `smc`.
+        log_evidence: log Z-hat, an unbiased estimate in exp of the total of the sequence target. 0.0 where rounds are lossless.
         ess: the ESS of each round in turn.
         trace: one RoundInfo a round.
         seed: the seed used, also when the request named none.

@@ -138,7 +138,7 @@ class Publisher:
         log_probs: tuple[float, ...] = ()
         log_evidence = 0.0
         if selected is not None:
-            if params.mode == "smc":
+            if params.mode == "smc" and not request.plan.kind.speculative:
                 log_weights = state.log_weights[slot : slot + 1, : request.num_particles]
                 log_evidence = float(state.log_evidence[slot] + weights.log_mean_exp(log_weights)[0])
             if params.return_particles:

@@ -107,15 +107,28 @@ def parse_numbers(option: str, text: str, kind: type = int) -> list[Any]:
 
 
 def parse_axis(text: str) -> tuple[str, list[Any]]:
-    """NAME=VALUE,VALUE of --vary; values are JSON where they can be, else text.
+    """NAME=VALUE,VALUE; values are JSON where they can be, else text.
 
     Raises:
         ConfigError: there is no name or no value.
     """
     name, _, values = text.partition("=")
     if not name or not values:
-        raise ConfigError(f"--vary expects NAME=VALUE,VALUE, got {text!r}: name a sampling parameter and its values")
+        raise ConfigError(f"expected NAME=VALUE, got {text!r}: name a sampling parameter and its values")
     return name.replace("-", "_"), [_json_or_text(value) for value in values.split(",")]
+
+
+def parse_setting(text: str) -> dict[str, Any]:
+    """NAME=VALUE,NAME=VALUE of --also.
+
+    Raises:
+        ConfigError: a part has no name or no value.
+    """
+    found = {}
+    for part in text.split(","):
+        name, values = parse_axis(part)
+        found[name] = values[0]
+    return found
 
 
 def _json_or_text(value: str) -> Any:
