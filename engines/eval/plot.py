@@ -1,9 +1,14 @@
-"""Draw a report: accuracy against what it costs, the Pareto frontier, and likelihood under the target."""
+"""Draw a report: accuracy against what it costs, the Pareto frontier, and likelihood under the target.
+
+    python -m smc_engines.eval.plot report.json drawing.png      # from the JSON of a run elsewhere
+"""
 
 from __future__ import annotations
 
 import importlib
 import io
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,3 +99,7 @@ def _style(row: dict[str, Any], label: bool = True) -> dict[str, Any]:
     marker = _MARKERS[max(particles.bit_length() - 1, 0) % len(_MARKERS)] if mode == "smc" else "o"
     shown = " ".join(part for part in row["label"].split(" ") if not part.startswith("T="))
     return {"color": _COLOURS[mode], "marker": marker, "label": shown if label else None}
+
+
+if __name__ == "__main__":
+    draw(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]))
