@@ -43,6 +43,8 @@ class SamplingParams:
         resample_power: in (0, 1]; resample in proportion to w to this power and keep the rest of the weight. 1 is plain.
         exact_below: in [0, 1]; where a round leaves an ESS below this fraction of N, one particle is drawn and the next round
             is a lossless one over N drafts of it. 0 never does so, 1 always: then the target's law comes out exactly.
+        fallback_below: nats, at most 0; where log_evidence ends below it, the particles are given up and the answer comes from
+            lossless speculative decoding. Nothing is streamed before that is known. None never falls back; mode smc, α = 1.
         temperature: Tt >= 0 of the target; below 1e-4 is greedy.
         draft_temperature: Td > 0 of the draft; None is Tt.
         power_alpha: α > 0; the sequence target is p^α.
@@ -69,6 +71,7 @@ class SamplingParams:
     resampling: Resampling = "systematic"
     resample_power: float = 1.0
     exact_below: float = 0.0
+    fallback_below: float | None = None
     temperature: float = 0.7
     draft_temperature: float | None = None
     power_alpha: float = 1.0
@@ -107,6 +110,11 @@ class SamplingParams:
                 f"exact_below is {self.exact_below:g} and power_alpha {self.power_alpha:g}: lossless rounds draw from "
                 "the power token by token, weighed ones from that of the whole sequence, expected one law: set exact_below to "
                 "0 or 1"
+            )
+        if self.fallback_below is not None and (self.mode != "smc" or self.power_alpha != 1):
+            raise RequestError(
+                f"fallback_below needs mode smc and power_alpha 1, where log_evidence should be 0, got {self.mode} and "
+                f"{self.power_alpha:g}: leave it out"
             )
         self._check_stops()
 
@@ -166,6 +174,7 @@ _REAL_RANGES: tuple[tuple[str, float, float, bool], ...] = (
     ("ess_threshold", 0.0, 1.0, False),
     ("resample_power", 0.0, 1.0, True),
     ("exact_below", 0.0, 1.0, False),
+    ("fallback_below", -1e6, 0.0, False),
     ("temperature", 0.0, 100.0, False),
     ("draft_temperature", 0.0, 100.0, True),
     ("power_alpha", 0.0, 100.0, True),
@@ -174,7 +183,7 @@ _REAL_RANGES: tuple[tuple[str, float, float, bool], ...] = (
 )
 _CHOICES = (("mode", get_args(Mode)), ("select", get_args(Select)), ("resampling", get_args(Resampling)))
 _BOOLEANS = ("truncate_rounds", "ignore_eos", "return_particles", "logprobs", "cache_prompt")
-_OPTIONAL = ("num_particles", "num_draft_tokens", "seed", "draft_temperature")
+_OPTIONAL = ("num_particles", "num_draft_tokens", "seed", "draft_temperature", "fallback_below")
 
 
 def _check_integer(name: str, value: object, low: int, high: int) -> None:

@@ -1,6 +1,6 @@
 """Draw a report: accuracy against what it costs, the Pareto frontier, and likelihood under the target.
 
-    python -m smc_engines.eval.plot report.json drawing.png      # from the JSON of a run elsewhere
+python -m smc_engines.eval.plot report.json drawing.png      # from the JSON of a run elsewhere
 """
 
 from __future__ import annotations

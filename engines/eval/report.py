@@ -23,7 +23,17 @@ COLUMNS = (
         "tokens_per_pass",
     ),
     *("tokens_per_second", "log_p_per_token", "log_p_half_width", "mmd_squared", "mmd_squared_half_width"),
-    *("different_texts", "ess_fraction", "resamples_per_round", "recoveries", "problems", "answers", "tokens"),
+    *(
+        "different_texts",
+        "ess_fraction",
+        "resamples_per_round",
+        "recoveries",
+        "fell_back",
+        "certificate_auc",
+        "problems",
+        "answers",
+        "tokens",
+    ),
     *("pareto_tokens_per_pass", "pareto_tokens_per_second", "flags"),
 )
 _DIGITS = 4

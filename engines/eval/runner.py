@@ -121,7 +121,9 @@ def run(executor: Executor, work: Work, answers: Answers) -> None:
     with answers.writer() as file, tqdm(total=total, unit="answer", smoothing=0.05) as bar:
         for setting, pairs in todo.items():
             bar.set_description(setting.label)
-            if pairs and executor.engine.device.type == "cuda":  # kernels compile and rounds are captured outside the timing
+            if (
+                pairs and executor.engine.device.type == "cuda"
+            ):  # kernels compile and rounds are captured outside the timing
                 _answer(executor, work, setting, pairs[: executor.engine.max_groups])
             for start in range(0, len(pairs), work.batch):
                 part = pairs[start : start + work.batch]
@@ -154,11 +156,12 @@ def _record(output: RequestOutput, right: bool, seconds: float) -> dict[str, Any
     return {
         "right": right,
         "tokens": info.output_tokens,
-        "rounds": info.rounds,
+        "rounds": info.rounds + info.discarded_rounds,
         "resamples": info.resamples,
         "recoveries": info.recoveries,
         "accepted": info.accepted_tokens,
         "log_evidence": info.log_evidence,
+        "fell_back": info.fell_back,
         "ess": list(info.ess),
         "log_p": sum(info.token_logprobs),
         "finish": output.finish_reason,

@@ -98,6 +98,8 @@ def _row(own: list[dict[str, Any]], exact: list[dict[str, Any]] | None) -> dict[
         "ess_fraction": statistics.fmean(fractions) / particles if fractions else None,
         "resamples_per_round": sum(record["resamples"] for record in own) / max(rounds, 1),
         "recoveries": sum(record["recoveries"] for record in own),
+        "fell_back": statistics.fmean(record.get("fell_back", False) for record in own),
+        "certificate_auc": certificate_auc(own),
         "different_texts": diversity(own),
     }
     return row | (_against(own, exact) if exact is not None and exact is not own else {})
@@ -165,6 +167,19 @@ def diversity(records: Sequence[dict[str, Any]]) -> float | None:
         texts[record["item"]].append(record["text"])
     pairs = [a != b for own in texts.values() for a, b in combinations(own, 2)]
     return statistics.fmean(pairs) if pairs else None
+
+
+def certificate_auc(records: Sequence[dict[str, Any]]) -> float | None:
+    """How well log_evidence tells right answers from wrong ones.
+
+    Returns:
+        the chance that a right answer's is higher than a wrong one's, ties counting half; None where all are alike.
+    """
+    right = [record["log_evidence"] for record in records if record["right"]]
+    wrong = [record["log_evidence"] for record in records if not record["right"]]
+    if not right or not wrong or len({*right, *wrong}) == 1:
+        return None
+    return statistics.fmean((a > b) + 0.5 * (a == b) for a in right for b in wrong)
 
 
 def mark_pareto(rows: list[dict[str, Any]], cost: str) -> None:

@@ -116,7 +116,7 @@ class Learner:
         """Learn until the goal or a limit; the averaged weights are the result.
 
         Returns:
-            what it took: steps, seconds, rows a step, the last looks.
+            what it took: steps, seconds, the plan, the last looks.
         """
         matrices = [weight for name, weight in self.weights.items() if weight.ndim == 2 and name != EMBEDDING]
         others = [weight for name, weight in self.weights.items() if weight.ndim == 1 or name == EMBEDDING]
@@ -152,7 +152,7 @@ class Learner:
                     )
                 if done:
                     break
-        return {"steps": step, "seconds": time.monotonic() - started, **asdict(plan), "looks": looks}
+        return {"steps": step, "seconds": time.monotonic() - started, "plan": asdict(plan), "looks": looks}
 
     def _loss(self, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         logits = self.logits(self.weights, tokens[:, :-1])

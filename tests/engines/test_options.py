@@ -138,6 +138,47 @@ def test_equal_weights_give_each_particle_one_offspring() -> None:
         assert ancestors.tolist() == [list(range(particles))]
 
 
+def test_a_poor_certificate_falls_back_to_the_target_itself(clash: Toy) -> None:
+    """What fell back follows the target exactly, since its random numbers are new ones; what did not is as before."""
+    params = replace(BASE, num_particles=2, fallback_below=-0.3)
+    outputs = sample(clash.executor(**GROUPS), clash.prompt, params, 700, seed=31)
+    plain = sample(clash.executor(**GROUPS), clash.prompt, replace(params, fallback_below=None), 700, seed=31)
+    again = [output for output in outputs if info_of(output).fell_back]
+    assert 100 < len(again) < 600
+    assert_drawn_from([output.token_ids for output in again], clash.normalised_law(params))
+    for output, before in zip(outputs, plain, strict=True):
+        info, old = info_of(output), info_of(before)
+        assert (info.log_evidence, info.final_ess) == (old.log_evidence, old.final_ess)
+        assert info.fell_back == (old.log_evidence < -0.3)
+        assert info.discarded_rounds == (old.rounds if info.fell_back else 0)
+        if not info.fell_back:
+            assert output.token_ids == before.token_ids
+
+
+def test_nothing_is_shown_before_the_certificate_is_known(toy: Toy) -> None:
+    executor = toy.executor(**GROUPS)
+    params = replace(BASE, num_particles=2, max_tokens=10, ignore_eos=True, fallback_below=0.0, seed=1)
+    executor.submit("a", toy.prompt, params)
+    outputs = []
+    while executor.has_work:
+        outputs += executor.step()
+    assert info_of(outputs[-1]).fell_back
+    shown = [token for output in outputs for token in output.new_token_ids]
+    assert shown == list(outputs[-1].token_ids)
+    executor.check_integrity()
+    with pytest.raises(RequestError, match="fallback_below needs mode smc"):
+        replace(params, mode="target")
+
+
+def test_the_estimated_spread_of_the_evidence_is_about_its_spread(toy: Toy) -> None:
+    params = replace(BASE, num_particles=16, num_draft_tokens=1, ess_threshold=0.9)
+    infos = [info_of(output) for output in sample(toy.executor(**GROUPS), toy.prompt, params, 150, seed=8)]
+    spread = np.std([info.log_evidence for info in infos])
+    estimate = np.sqrt(np.mean([info.log_evidence_sd**2 for info in infos]))
+    assert 0.6 < estimate / spread < 1.7
+    assert all(info.final_ess == info.ess[-1] for info in infos if info.ess)
+
+
 def test_the_mix_refuses_a_power_since_its_ends_differ_there() -> None:
     with pytest.raises(RequestError, match="expected one law: set exact_below to 0 or 1"):
         SamplingParams(exact_below=0.5, power_alpha=2.0)
