@@ -38,6 +38,8 @@ def test_the_harness_scores_what_the_executor_answers(
     """The right answers of the task are what the executor says with the same seeds, but for one made wrong."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    from lm_eval.tasks import TaskManager  # noqa: PLC0415
+
     from smc_engines.eval.harness import SmcModel  # noqa: PLC0415
 
     questions = ["ab", "ba", "bb", "aa"]
@@ -51,7 +53,7 @@ def test_the_harness_scores_what_the_executor_answers(
     lines[2]["answer"] += "x"
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "letters.yaml").write_text(TASK.format(file=tmp_path / "data.jsonl"))
-    manager = lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     model = SmcModel(engine=str(letters.engine_dir), device="cpu", **given)
     found = lm_eval.simple_evaluate(model, tasks=["letters"], task_manager=manager, bootstrap_iters=0)
     assert found is not None
