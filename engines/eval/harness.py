@@ -7,6 +7,7 @@ The command is lm_eval's own with one model more; every sampling parameter may s
 asks for (most tasks ask for greedy decoding, which is the same answer in every mode). Needs the extra `harness`.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import dataclasses

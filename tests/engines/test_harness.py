@@ -1,5 +1,6 @@
 """lm-eval-harness runs a local task on an engine directory through the model `smc`."""
 
+# pyright: reportMissingImports=false
 import json
 from pathlib import Path
 
