@@ -28,7 +28,6 @@ _PASSED = ("temperature", "top_p", "top_k", "min_p")
 _HEEDED = {*_PASSED, "until", "max_gen_toks", "do_sample"}
 
 
-@register_model("smc")
 class SmcModel(LM):
     """An engine directory as a model of the harness.
 
@@ -68,7 +67,7 @@ class SmcModel(LM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer prompts; `until` becomes stop strings and `max_gen_toks` max_tokens."""
-        pairs = [request.args for request in requests]
+        pairs: list[Any] = [request.args for request in requests]
         params = [self._params(dict(asked), self._seed * 1_000_003 + index) for index, (_, asked) in enumerate(pairs)]
         return [output.text for output in self._executor.generate([prompt for prompt, _ in pairs], params)]
 
@@ -115,6 +114,8 @@ class SmcModel(LM):
         assert tokenizer is not None
         return tokenizer.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)[0]
 
+
+register_model("smc")(SmcModel)  # not as a decorator, which would hide the class's own type
 
 if __name__ == "__main__":
     cli_evaluate()
