@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,19 @@ from smc_plugin.backend import kernels_for
 from smc_plugin.errors import EngineDirError, RequestError
 
 FP8_CAPABILITY = (8, 9)
+
+
+def _choices(params: SamplingParams, n: int, k: int) -> dict[str, Any]:
+    """Fields of RoundKind that say how a round verifies and resamples; what has no effect is left at its default, so that
+    requests run together where they can."""
+    if params.mode != "smc" or (params.exact_below >= 1 and k > 0):
+        return {"speculative": params.mode != "target"}
+    return {
+        "mixed": params.exact_below > 0 and n > 1 and k > 0,
+        "truncated": params.truncate_rounds and params.ess_threshold > 0 and n > 1 and k > 0,
+        "resampling": "systematic" if n == 1 else params.resampling,
+        "tempered": params.resample_power < 1 and n > 1,
+    }
 
 
 @dataclass(frozen=True)
@@ -268,7 +282,7 @@ class Engine:
         kind = RoundKind(
             num_particles=n,
             num_draft_tokens=k,
-            speculative=params.mode == "speculative",
+            **_choices(params, n, k),
             filtered=top_k > 0 or params.top_p < 1 or params.min_p > 0 or params.min_tokens > 0,
             stop_strings=bool(params.stop),
             draft_schedule=self.config.draft_schedule,
@@ -314,6 +328,12 @@ class Engine:
         if params.mode == "speculative" and k == 0:
             raise RequestError(
                 "mode speculative needs num_draft_tokens of at least 1, got 0: raise it, or use mode target"
+            )
+        if self.ranks is not None and params.exact_below > 0 and n > 1:
+            # Its verification looks at whole rows of probabilities, which no rank has.
+            raise RequestError(
+                f"exact_below is {params.exact_below:g}, an engine of {self.manifest.tp} ranks verifies one sequence only: drop "
+                "it, or use mode speculative, or an engine of one rank"
             )
         if len(prompt) + params.max_tokens > limits.max_seq_len:
             raise RequestError(

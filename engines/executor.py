@@ -28,7 +28,7 @@ from smc_engines.config import ExecutorConfig
 from smc_engines.engine import Engine
 from smc_engines.kv_cache import PagePool
 from smc_engines.launch import Flight, Launcher
-from smc_engines.outputs import FinishReason, RequestOutput
+from smc_engines.outputs import FinishReason, RequestInfo, RequestOutput
 from smc_engines.parallel import lockstep
 from smc_engines.publish import Publisher
 from smc_engines.request import AnswerText, Phase, Request
@@ -38,6 +38,8 @@ from smc_engines.scheduler import Scheduler
 from smc_engines.slots import Slots
 from smc_engines.stop_strings import StopAutomaton
 from smc_plugin.errors import EngineDirError, RequestError, SmcError
+
+_SECOND_SEED = 0x1E3779B97F4A7C15  # flips bits of a seed for a request's second try
 
 
 @dataclass(frozen=True)
@@ -344,15 +346,32 @@ class Executor:
             if news.error is not None:
                 outputs.append(self._retire(request, "error", news.error))
             elif news.done:
-                outputs.append(self._finish(request))
-            elif news.token_ids:
+                outputs += self._finish(request)
+            elif news.token_ids and request.plan.params.fallback_below is None:
                 outputs.append(self._publisher.progress(request, news.token_ids))
         return outputs
 
-    def _finish(self, request: Request) -> RequestOutput:
+    def _finish(self, request: Request) -> list[RequestOutput]:
         output = self._publisher.answer(request)
         self._remove(request)
-        return output
+        least, info = request.plan.params.fallback_below, output.info
+        if least is None or info is None or info.log_evidence >= least:
+            return [output]
+        self._start_over(request, info)
+        return []
+
+    def _start_over(self, request: Request, info: RequestInfo) -> None:
+        """Give the particles up: the same prompt again, first in its queue, decoded without loss."""
+        params = replace(request.plan.params, mode="speculative", fallback_below=None, num_particles=None)
+        plan = self.engine.plan(request.prompt, params)
+        # other random numbers than those that led here, or the answer's law would not be the target's
+        plan = replace(plan, seed=request.plan.seed ^ _SECOND_SEED)
+        text = AnswerText(self.engine.tokenizer, params.stop)
+        again = Request(
+            request.request_id, request.prompt, plan, request.priority, request.arrival, text, request.automaton
+        )
+        again.submitted_at, again.given_up = request.submitted_at, info
+        self.scheduler.enqueue(again, again=True)
 
     def _retire(self, request: Request, reason: FinishReason, error: SmcError | None = None) -> RequestOutput:
         """End a request early; what was handed out stands."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -137,8 +139,9 @@ class Publisher:
         particles: tuple[Particle, ...] = ()
         log_probs: tuple[float, ...] = ()
         log_evidence = 0.0
+        ess = [entry.ess for entry in request.trace]
         if selected is not None:
-            if params.mode == "smc":
+            if params.mode == "smc" and not request.plan.kind.speculative:
                 log_weights = state.log_weights[slot : slot + 1, : request.num_particles]
                 log_evidence = float(state.log_evidence[slot] + weights.log_mean_exp(log_weights)[0])
             if params.return_particles:
@@ -149,7 +152,7 @@ class Publisher:
         def elapsed_ms(since: float | None) -> float:
             return 1e3 * ((now if since is None else since) - request.submitted_at)
 
-        return RequestInfo(
+        info = RequestInfo(
             prompt_tokens=len(request.prompt),
             cached_tokens=request.cached_tokens,
             output_tokens=len(request.token_ids),
@@ -158,7 +161,7 @@ class Publisher:
             recoveries=sum(entry.recovered for entry in request.trace),
             accepted_tokens=request.accepted_tokens,
             log_evidence=log_evidence,
-            ess=tuple(entry.ess for entry in request.trace),
+            ess=tuple(ess),
             trace=tuple(request.trace),
             seed=request.plan.seed % 2**64,
             selected=0 if selected is None else selected,
@@ -167,7 +170,10 @@ class Publisher:
             queue_ms=elapsed_ms(request.admitted_at),
             first_token_ms=elapsed_ms(request.first_token_at),
             total_ms=elapsed_ms(now),
+            log_evidence_sd=evidence_spread(request.trace) if params.mode == "smc" else 0.0,
+            final_ess=ess[-1] if ess else math.nan,
         )
+        return info if request.given_up is None else _instead_of(request.given_up, info)
 
     def _particle(self, request: Request, index: int) -> Particle:
         state, slot = self._state, request.slot
@@ -177,3 +183,26 @@ class Publisher:
         tokens = self._tokens(request, index, 0, length)
         text = request.text.whole(self._without_stop_token(request, tokens, reason))
         return Particle(tokens, float(state.log_weights[slot, index]), reason, text)
+
+
+def evidence_spread(trace: Sequence[RoundInfo]) -> float:
+    """Estimated standard deviation of log_evidence.
+
+    The factors of the evidence are means of weights, one a resampling and one at the end; a mean of N weights has relative
+    variance (N / ESS - 1) / N, and the logarithms' variances add up. Weights of one group share ancestors, so this is a
+    lower bound where few particles survive.
+    """
+    ends = [entry for entry in trace[:-1] if entry.resampled] + list(trace[-1:])
+    return math.sqrt(sum(max(1 / entry.ess - 1 / len(entry.ancestors), 0.0) for entry in ends if entry.ess > 0))
+
+
+def _instead_of(given_up: RequestInfo, info: RequestInfo) -> RequestInfo:
+    """Figures of a lossless answer, with the certificate of the particles that it replaces."""
+    return replace(
+        info,
+        log_evidence=given_up.log_evidence,
+        log_evidence_sd=given_up.log_evidence_sd,
+        final_ess=given_up.final_ess,
+        fell_back=True,
+        discarded_rounds=given_up.rounds,
+    )

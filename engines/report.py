@@ -20,6 +20,9 @@ from smc_engines.outputs import RequestInfo, RequestOutput
 from smc_engines.sampling_params import SamplingParams
 from smc_plugin.reference.weights import normalise
 
+_OPTIONS = ("truncate_rounds", "resampling", "resample_power", "exact_below", "fallback_below")
+_PLAIN = {name: getattr(SamplingParams(), name) for name in _OPTIONS}
+
 
 def engine_lines(engine: Engine) -> list[str]:
     """Describe a loaded engine in three lines."""
@@ -46,6 +49,9 @@ def request_lines(engine: Engine, params: SamplingParams, prompt_tokens: int, ch
         parts += [f"N = {n}", f"K = {k}", f"θ = {params.ess_threshold:g}", f"α = {params.power_alpha:g}"]
     elif params.mode == "speculative":
         parts.append(f"K = {k}")
+    for name, plain in _PLAIN.items():
+        if getattr(params, name) != plain:
+            parts.append(f"{name} {getattr(params, name)}")
     draft = "" if params.draft_temperature is None else f" (draft {params.draft_temperature:g})"
     parts.append(f"temperature {params.temperature:g}{draft}")
     for name, neutral in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0), ("stop", ()), ("ignore_eos", False)):
@@ -83,13 +89,18 @@ def summary_lines(output: RequestOutput, params: SamplingParams) -> list[str]:
     if longest > 2 * info.output_tokens:
         rounds.append(f"other particles went on to {longest} tokens")
     if params.mode == "smc":
+        spread = f" ± {info.log_evidence_sd:.2f}" if info.log_evidence_sd else ""
         rounds += [
             f"{info.resamples} resamples",
             f"mean ESS/N {mean_ess_fraction(info):.2f}",
-            f"log_evidence {info.log_evidence:.2f}",
+            f"log_evidence {info.log_evidence:.2f}{spread}",
             f"{info.recoveries} recoveries",
         ]
     lines.append(", ".join([*rounds, f"seed {info.seed}"]))
+    if info.fell_back:
+        lines.append(
+            f"fell back: log_evidence was low after {info.discarded_rounds} rounds, so this answer is a lossless one"
+        )
     if params.mode == "speculative" and info.rounds:
         lines.append(f"{info.accepted_tokens} draft tokens accepted, {info.accepted_tokens / info.rounds:.2f} a round")
     if info.token_logprobs:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from smc_engines.engine import Plan
-from smc_engines.outputs import RoundInfo
+from smc_engines.outputs import RequestInfo, RoundInfo
 from smc_engines.stop_strings import StopAutomaton, holdback, trim
 from smc_engines.text import Detokenizer, Tokenizer
 
@@ -72,6 +72,7 @@ class Request:
         prefilled: prompt tokens whose KV is written (for the draft too where it is used).
         position: where the frontier stands, as of the last round seen.
         token_ids: answer tokens handed out so far.
+        given_up: figures of the particles that this lossless run replaces (see SamplingParams.fallback_below).
     """
 
     request_id: str
@@ -90,6 +91,7 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     trace: list[RoundInfo] = field(default_factory=list)
     accepted_tokens: int = 0
+    given_up: RequestInfo | None = None
     admitted_at: float | None = None
     first_token_at: float | None = None
 

@@ -23,8 +23,9 @@ from smc_engines.model import PagedModel
 from smc_engines.vocabulary import Vocabulary
 from smc_plugin.backend import Kernels
 from smc_plugin.group_state import GroupState
-from smc_plugin.reference import random
-from smc_plugin.reference.groups import SUMMARY_COLUMNS, Opened, per_row
+from smc_plugin.reference import options, random
+from smc_plugin.reference.groups import SUMMARY_COLUMNS, Committed, Opened, per_row
+from smc_plugin.reference.options import Resampling
 from smc_plugin.reference.resample import Resampled
 from smc_plugin.reference.sampling import Sampled
 from smc_plugin.reference.weights import Weighed
@@ -35,7 +36,10 @@ class RoundKind:
     """What fixes a round's shapes and branches; requests of one kind run together.
 
     Args:
-        speculative: lossless accept-reject instead of weights (num_particles is 1).
+        speculative: lossless accept-reject instead of weights, over num_particles sequences that begin alike.
+        mixed: rounds are weighed or lossless as `GroupState.exact_next` says (see SamplingParams.exact_below).
+        truncated: rounds end where the ESS gets low.
+        resampling, tempered: the scheme, and whether some request resamples by a power of the weights.
         filtered: some request uses top-k, top-p, min-p or min_tokens.
         stop_strings: some request has stop strings.
     """
@@ -43,6 +47,10 @@ class RoundKind:
     num_particles: int
     num_draft_tokens: int
     speculative: bool = False
+    mixed: bool = False
+    truncated: bool = False
+    resampling: Resampling = "systematic"
+    tempered: bool = False
     filtered: bool = False
     stop_strings: bool = False
     draft_schedule: DraftSchedule = "deferred"
@@ -171,16 +179,16 @@ def run_round(context: RoundContext, state: GroupState, slots: Tensor) -> Tensor
     draft = _propose(context, state, slots, opened, shared)
     score = _score(context, state, slots, opened, draft, shared)
     end, failed = kernels.groups.find_ends(state, slots, draft.tokens, draft.lse, score.lse, context.stop_tables)
-    weigh = _verify if kind.speculative else _weigh
-    weighed, bonus = weigh(context, opened, draft, score, end, failed)
+    exact = None
+    if kind.speculative and kind.num_particles == 1:
+        weighed, bonus = _verify(context, opened, draft, score, failed)
+    else:
+        weighed, bonus, exact = _weigh_or_verify(context, state, slots, opened, draft, score, end, failed)
     committed = kernels.groups.commit(
         *(state, slots, draft.tokens, score.log_p, bonus, weighed.log_weights, weighed.committed, end, failed),
         *(context.stop_tables, page_size),
     )
-    decided = kernels.resample.resample_if_needed(
-        *(committed.log_weights, opened.group_seed, committed.round_number, opened.ess_threshold),
-        *(committed.eligible, opened.log_evidence),
-    )
+    decided = _resample(context, state, slots, opened, committed, exact)
     if kind.num_particles > 1:
         _fork_pages(context, opened.block_table, decided.ancestors, committed.shared_blocks)
     return kernels.groups.close_round(
@@ -221,7 +229,13 @@ def begin(
     logits, temperature = _shape(context, vocabulary, state, slot, logits, state.temperature[slot], zero)
     scaled = logits.to(torch.float32) if temperature is None else kernels.sampling.scale(logits, temperature)
     u = random.uniform(seed, zero, zero, zero + random.PURPOSE_FIRST)
-    first, lse = vocabulary.first_tokens(scaled, alpha, u, particles)
+    # Lossless rounds need sequences that begin alike.
+    draws = 1 if context.kind.speculative else particles
+    first, lse = vocabulary.first_tokens(scaled, alpha, u, draws)
+    if draws < particles:
+        first = Sampled(
+            *(per_row(values, particles) for values in (first.tokens, first.log_prob, first.lse, first.log_zeta))
+        )
     none = torch.zeros((1, particles, 0), dtype=torch.float32, device=slot.device)
     flat = torch.zeros((1, particles), dtype=torch.float64, device=slot.device)
     committed = kernels.groups.commit(
@@ -307,7 +321,7 @@ def _propose(context: RoundContext, state: GroupState, slots: Tensor, opened: Op
         logits, heat = _shape(context, draft.vocabulary, state, slots, logits, heat, opened.generated + step)
         name = _name(opened, random.PURPOSE_DRAFT + random.PURPOSE_STRIDE * step)
         drawn.append(draft.vocabulary.sample(logits, heat, name))
-        if context.kind.speculative:
+        if context.kind.speculative or context.kind.mixed:
             kept.append(logits if heat is None else sampling.scale(logits, heat))
         inputs, offset = drawn[-1].tokens[:, None], 1 + step
     if context.kind.draft_schedule == "legacy":
@@ -341,13 +355,23 @@ def _score(
 
 
 def _weigh(
-    context: RoundContext, opened: Opened, draft: Draft, score: Score, end: Tensor, failed: Tensor
+    context: RoundContext,
+    state: GroupState,
+    slots: Tensor,
+    opened: Opened,
+    draft: Draft,
+    score: Score,
+    end: Tensor,
+    failed: Tensor,
 ) -> tuple[Weighed, Sampled]:
     """Importance weights instead of rejection: ℓ_k = α log p - log q, then the bonus and its log ζ."""
-    weighed = context.kernels.weights.weigh(
-        opened.log_weights, score.log_p, draft.log_q, opened.group_alpha, end, opened.finished, failed
-    )
+    terms = (opened.log_weights, score.log_p, draft.log_q, opened.group_alpha, end, opened.finished, failed)
     particles, rows = score.lse.shape[1:]
+    if context.kind.truncated:
+        least = torch.where(state.truncates[slots], opened.ess_threshold * particles, 0.0)
+        weighed = options.weigh_until(*terms, least)
+    else:
+        weighed = context.kernels.weights.weigh(*terms)
     # The bonus comes from the row after the last draft token that stands.
     first = torch.arange(opened.seed.shape[0], device=end.device) * rows
     bonus = context.target.vocabulary.sample(
@@ -360,8 +384,108 @@ def _weigh(
     return weighed, bonus
 
 
+@dataclass(frozen=True)
+class Exact:
+    """What lossless verification found, and for whom it counts.
+
+    Args:
+        here: [G] bool, groups whose round is lossless. winner: [G] int64, the sequence that stands.
+        ess: [G] float64, what the ESS would be had the round been weighed.
+    """
+
+    here: Tensor
+    winner: Tensor
+    ess: Tensor
+
+
+def _weigh_or_verify(
+    context: RoundContext,
+    state: GroupState,
+    slots: Tensor,
+    opened: Opened,
+    draft: Draft,
+    score: Score,
+    end: Tensor,
+    failed: Tensor,
+) -> tuple[Weighed, Sampled, Exact | None]:
+    """Weigh, or verify the N drafts without loss, or in a mixed kind each for the groups whose turn it is."""
+    kind, particles = context.kind, score.lse.shape[1]
+    if not (kind.speculative or kind.mixed):
+        return *_weigh(context, state, slots, opened, draft, score, end, failed), None
+    stands, found, winner = _verify_many(context, opened, draft, score)
+    none = torch.zeros_like(failed)
+    if kind.speculative:
+        same = torch.full_like(opened.log_evidence, particles)
+        return Weighed(opened.log_weights, stands, none), found, Exact(~none, winner, same)
+    weighed, bonus = _weigh(context, state, slots, opened, draft, score, end, failed)
+    here = state.exact_next[slots]
+    rows = per_row(here, particles)
+    ess = context.kernels.weights.effective_sample_size(weighed.log_weights)
+    weighed = Weighed(
+        torch.where(here[:, None], opened.log_weights, weighed.log_weights),
+        torch.where(here, stands, weighed.committed),
+        weighed.recovered & ~here,
+    )
+    fields = ("tokens", "log_prob", "lse", "log_zeta")
+    bonus = Sampled(*(torch.where(rows, getattr(found, name), getattr(bonus, name)) for name in fields))
+    return weighed, bonus, Exact(here, winner, ess)
+
+
+def _resample(
+    context: RoundContext, state: GroupState, slots: Tensor, opened: Opened, committed: Committed, exact: Exact | None
+) -> Resampled:
+    """Decide who continues whom, and in a mixed kind whether the next round is lossless."""
+    kind = context.kind
+    terms = (committed.log_weights, opened.group_seed, committed.round_number, opened.ess_threshold)
+    terms += (committed.eligible, opened.log_evidence)
+    if kind.resampling != "systematic" or kind.tempered:
+        decided = options.resample_if_needed(*terms, kind.resampling, state.resample_power[slots])
+    else:
+        decided = context.kernels.resample.resample_if_needed(*terms)
+    if exact is None:
+        return decided
+    if not kind.speculative:
+        ess = torch.where(exact.here, exact.ess, decided.ess)
+        low = committed.eligible & (ess < state.exact_below[slots] * kind.num_particles)
+        named = (opened.group_seed, committed.round_number, opened.log_evidence)
+        decided = options.collapse(decided, low & ~exact.here, committed.log_weights, *named)
+        state.exact_next.index_copy_(0, slots, low)
+    return options.follow(decided, exact.here, exact.winner, exact.ess, committed.log_weights, opened.log_evidence)
+
+
+def _verify_many(context: RoundContext, opened: Opened, draft: Draft, score: Score) -> tuple[Tensor, Sampled, Tensor]:
+    """Lossless sampling from N drafted sequences that begin alike.
+
+    Returns:
+        draft tokens that stand [G], the token after them for every particle [G * N], the sequence that stands [G].
+    """
+    assert draft.scaled is not None
+    groups, particles, k = draft.tokens.shape
+    sampling = context.kernels.sampling
+    scaled = score.logits if score.temperature is None else sampling.scale(score.logits, score.temperature)
+    scaled = scaled.view(groups, particles, k + 1, -1)
+    powered = scaled * opened.group_alpha[:, None, None, None]
+    committed, winner, residual = options.verify_many(
+        powered, draft.scaled, draft.tokens, _accept_uniforms(opened, draft)
+    )
+    first = torch.arange(groups, device=winner.device)
+    names = [values.view(groups, particles)[:, 0] for values in _name(opened, random.PURPOSE_RESIDUAL)]
+    tokens = sampling.draw(residual.log().to(torch.float32), *names)
+    log_p, lse = sampling.log_prob(scaled[first, winner, committed], tokens)
+    one = Sampled(tokens, log_p, lse, torch.zeros_like(lse))
+    fields = ("tokens", "log_prob", "lse", "log_zeta")
+    return committed, Sampled(*(per_row(getattr(one, name), particles) for name in fields)), winner
+
+
+def _accept_uniforms(opened: Opened, draft: Draft) -> Tensor:
+    """One uniform a draft token: [G, N, K] float64."""
+    purposes = [random.PURPOSE_ACCEPT + random.PURPOSE_STRIDE * step for step in range(draft.tokens.shape[2])]
+    uniforms = [random.uniform(*_name(opened, purpose)) for purpose in purposes]
+    return torch.stack(uniforms, dim=-1).view(draft.tokens.shape)
+
+
 def _verify(
-    context: RoundContext, opened: Opened, draft: Draft, score: Score, end: Tensor, failed: Tensor
+    context: RoundContext, opened: Opened, draft: Draft, score: Score, failed: Tensor
 ) -> tuple[Weighed, Sampled]:
     """Lossless speculative sampling (N = 1): accept d_k with probability min(1, p/q), else draw from (p - q)+.
 
@@ -378,8 +502,7 @@ def _verify(
     p_token = vocabulary.pick(p[:, :, :k], draft.tokens)
     q_token = context.draft.vocabulary.pick(q, draft.tokens)
     q = vocabulary.own_columns(q, context.draft.vocabulary)
-    purposes = [random.PURPOSE_ACCEPT + random.PURPOSE_STRIDE * step for step in range(k)]
-    u = torch.stack([random.uniform(*_name(opened, purpose)) for purpose in purposes], dim=-1).view_as(p_token)
+    u = _accept_uniforms(opened, draft)
     committed = (u * q_token < p_token).long().cumprod(dim=-1).sum(dim=-1)[:, 0]
 
     place = committed[:, None, None, None].expand(-1, particles, 1, p.shape[-1])

@@ -20,6 +20,7 @@ from smc_engines.config import DraftSchedule, ExecutorConfig
 from smc_engines.region_choice import RegionChoice
 from smc_engines.sampling_params import Mode, SamplingParams, Select
 from smc_plugin.errors import ConfigError
+from smc_plugin.reference.options import Resampling
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,23 @@ _SAMPLING: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--top-p",), "top_p", {"type": float, "help": "nucleus mass"}),
     (("--min-p",), "min_p", {"type": float, "help": "least probability relative to the likeliest token"}),
     (("--ess-threshold",), "ess_threshold", {"type": float, "help": "resample below this fraction of N"}),
+    (
+        ("--truncate-rounds",),
+        "truncate_rounds",
+        {"action": "store_true", "help": "end a round at the first token where the ESS gets low"},
+    ),
+    (("--resampling",), "resampling", {"choices": get_args(Resampling), "help": "how ancestors are drawn"}),
+    (("--resample-power",), "resample_power", {"type": float, "help": "resample by this power of the weights"}),
+    (
+        ("--exact-below",),
+        "exact_below",
+        {"type": float, "help": "lossless rounds after an ESS below this fraction of N; 1: all are lossless"},
+    ),
+    (
+        ("--fallback",),
+        "fallback_below",
+        {"type": float, "help": "decode again without loss where log_evidence ends below this, such as -3"},
+    ),
     (("--alpha",), "power_alpha", {"type": float, "help": "target the power p^alpha"}),
     (("--seed",), "seed", {"type": int, "help": "of the request's random streams"}),
     (("--max-tokens",), "max_tokens", {"type": int, "help": "tokens to generate at most"}),
@@ -89,6 +107,7 @@ _UNSET = {
     "num_draft_tokens": "the most the engine was built for",
     "draft_temperature": "the target's",
     "seed": "random",
+    "fallback_below": "never",
     "max_groups": "the engine's",
 }
 _EXECUTOR: tuple[tuple[str, str, dict[str, Any]], ...] = (

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from smc_plugin.errors import RequestError
+from smc_plugin.reference.options import Resampling
 
 Mode = Literal["smc", "target", "speculative"]
 Select = Literal["sample", "argmax"]
@@ -37,6 +38,13 @@ class SamplingParams:
         num_particles: N >= 1; ignored outside `smc`.
         num_draft_tokens: K >= 0 draft tokens a round; ignored in `target`.
         ess_threshold: θ in [0, 1], the fraction of N below which a round resamples. 0 never resamples.
+        truncate_rounds: a round ends for the whole group at the first draft token after which the ESS is below θ N.
+        resampling: `systematic`, `stratified` or `residual`.
+        resample_power: in (0, 1]; resample in proportion to w to this power and keep the rest of the weight. 1 is plain.
+        exact_below: in [0, 1]; where a round leaves an ESS below this fraction of N, one particle is drawn and the next round
+            is a lossless one over N drafts of it. 0 never does so, 1 always: then the target's law comes out exactly.
+        fallback_below: nats, at most 0; where log_evidence ends below it, the particles are given up and the answer comes from
+            lossless speculative decoding. Nothing is streamed before that is known. None never falls back; mode smc, α = 1.
         temperature: Tt >= 0 of the target; below 1e-4 is greedy.
         draft_temperature: Td > 0 of the draft; None is Tt.
         power_alpha: α > 0; the sequence target is p^α.
@@ -59,6 +67,11 @@ class SamplingParams:
     num_particles: int | None = None
     num_draft_tokens: int | None = None
     ess_threshold: float = 0.5
+    truncate_rounds: bool = False
+    resampling: Resampling = "systematic"
+    resample_power: float = 1.0
+    exact_below: float = 0.0
+    fallback_below: float | None = None
     temperature: float = 0.7
     draft_temperature: float | None = None
     power_alpha: float = 1.0
@@ -77,7 +90,7 @@ class SamplingParams:
     cache_prompt: bool = True
 
     def __post_init__(self) -> None:
-        for name, allowed in (("mode", get_args(Mode)), ("select", get_args(Select))):
+        for name, allowed in _CHOICES:
             value = getattr(self, name)
             if value not in allowed:
                 raise RequestError(f"{name} must be one of {', '.join(allowed)}, got {value!r}: choose one of those")
@@ -92,6 +105,17 @@ class SamplingParams:
         for name in _BOOLEANS:
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be true or false, got {getattr(self, name)!r}: pass a boolean")
+        if 0 < self.exact_below < 1 and self.mode == "smc" and self.power_alpha != 1:
+            raise RequestError(
+                f"exact_below is {self.exact_below:g} and power_alpha {self.power_alpha:g}: lossless rounds draw from "
+                "the power token by token, weighed ones from that of the whole sequence, expected one law: set exact_below to "
+                "0 or 1"
+            )
+        if self.fallback_below is not None and (self.mode != "smc" or self.power_alpha != 1):
+            raise RequestError(
+                f"fallback_below needs mode smc and power_alpha 1, where log_evidence should be 0, got {self.mode} and "
+                f"{self.power_alpha:g}: leave it out"
+            )
         self._check_stops()
 
     def _check_stops(self) -> None:
@@ -148,14 +172,18 @@ _INTEGER_RANGES: tuple[tuple[str, int, int], ...] = (
 # name, lowest, highest, whether the lowest itself is excluded
 _REAL_RANGES: tuple[tuple[str, float, float, bool], ...] = (
     ("ess_threshold", 0.0, 1.0, False),
+    ("resample_power", 0.0, 1.0, True),
+    ("exact_below", 0.0, 1.0, False),
+    ("fallback_below", -1e6, 0.0, False),
     ("temperature", 0.0, 100.0, False),
     ("draft_temperature", 0.0, 100.0, True),
     ("power_alpha", 0.0, 100.0, True),
     ("top_p", 0.0, 1.0, True),
     ("min_p", 0.0, 1.0, False),
 )
-_BOOLEANS = ("ignore_eos", "return_particles", "logprobs", "cache_prompt")
-_OPTIONAL = ("num_particles", "num_draft_tokens", "seed", "draft_temperature")
+_CHOICES = (("mode", get_args(Mode)), ("select", get_args(Select)), ("resampling", get_args(Resampling)))
+_BOOLEANS = ("truncate_rounds", "ignore_eos", "return_particles", "logprobs", "cache_prompt")
+_OPTIONAL = ("num_particles", "num_draft_tokens", "seed", "draft_temperature", "fallback_below")
 
 
 def _check_integer(name: str, value: object, low: int, high: int) -> None:

@@ -38,16 +38,18 @@ class Scheduler:
         """Requests that hold a slot, in order of admission."""
         return [request for request in self.requests.values() if request.phase is not Phase.WAITING]
 
-    def enqueue(self, request: Request) -> None:
+    def enqueue(self, request: Request, again: bool = False) -> None:
         """Accept a request.
 
+        Args:
+            again: it has been accepted before and is not refused now.
         Raises:
             RequestError: its id is in use.
             QueueFullError: too many wait already.
         """
         if request.request_id in self.requests:
             raise RequestError(f"request id {request.request_id!r} is in use, expected a new one: choose another")
-        if len(self._waiting) >= self._max_queue:
+        if len(self._waiting) >= self._max_queue and not again:
             raise QueueFullError(
                 f"the queue is full, {len(self._waiting)} requests wait and at most {self._max_queue} may: try again later"
             )

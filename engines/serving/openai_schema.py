@@ -66,6 +66,11 @@ class _Request(BaseModel):
     num_particles: int | None = None
     num_draft_tokens: int | None = None
     ess_threshold: float | None = None
+    truncate_rounds: bool | None = None
+    resampling: Literal["systematic", "stratified", "residual"] | None = None
+    resample_power: float | None = None
+    exact_below: float | None = None
+    fallback_below: float | None = None
     draft_temperature: float | None = None
     power_alpha: float | None = None
     select: Literal["sample", "argmax"] | None = None
@@ -119,6 +124,11 @@ _PASSED = (
     "num_particles",
     "num_draft_tokens",
     "ess_threshold",
+    "truncate_rounds",
+    "resampling",
+    "resample_power",
+    "exact_below",
+    "fallback_below",
     "draft_temperature",
     "power_alpha",
     "select",

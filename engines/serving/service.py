@@ -407,6 +407,8 @@ _FIGURES = (
     "recoveries",
     "accepted_tokens",
     "log_evidence",
+    "log_evidence_sd",
+    "fell_back",
     "ess",
     "seed",
     "queue_ms",

@@ -38,16 +38,20 @@ def accumulate(log_weights: Tensor, increments: Tensor, end: Tensor, finished: T
         finished: [G, N] bool; these add 0.
     Source: docs/algorithm.md, steps 3 and 5 and the recovery rule.
     """
-    num_draft_tokens = increments.shape[-1]
-    index = torch.arange(1, num_draft_tokens + 1, device=end.device)
-    # Whatever a dead particle goes on to draw, NaN included, must not touch its -inf.
-    counts = (log_weights.isfinite() & ~finished)[..., None] & (index <= end[..., None])
-    steps = torch.where(counts, increments, 0.0).cumsum(dim=-1)
-    path = torch.cat([log_weights[..., None], log_weights[..., None] + steps], dim=-1)
+    path = weight_paths(log_weights, increments, end, finished)
     alive = path.isfinite().any(dim=1)
     committed = alive[:, 1:].sum(dim=-1)
     chosen = committed[:, None, None].expand(-1, log_weights.shape[1], 1)
-    return Weighed(path.gather(2, chosen)[..., 0], committed, committed < num_draft_tokens)
+    return Weighed(path.gather(2, chosen)[..., 0], committed, committed < increments.shape[-1])
+
+
+def weight_paths(log_weights: Tensor, increments: Tensor, end: Tensor, finished: Tensor) -> Tensor:
+    """Log weights before the round and after each of its draft tokens: [G, N, K + 1]; arguments as in `accumulate`."""
+    index = torch.arange(1, increments.shape[-1] + 1, device=end.device)
+    # Whatever a dead particle goes on to draw, NaN included, must not touch its -inf.
+    counts = (log_weights.isfinite() & ~finished)[..., None] & (index <= end[..., None])
+    steps = torch.where(counts, increments, 0.0).cumsum(dim=-1)
+    return torch.cat([log_weights[..., None], log_weights[..., None] + steps], dim=-1)
 
 
 def weigh(

@@ -1,11 +1,13 @@
 """Every wrong request gets its own clear error, and leaves nothing queued."""
 
 from dataclasses import replace
+from typing import cast
 
 import pytest
 
 from smc_engines.config import ExecutorConfig
 from smc_engines.executor import Executor
+from smc_engines.parallel.ranks import Ranks
 from smc_engines.sampling_params import SamplingParams
 from smc_plugin.errors import ConfigError, EngineDirError, RequestError
 from tests.toy import Toy, build
@@ -51,6 +53,14 @@ def test_a_request_that_does_not_fit_the_engine_says_what_would(toy: Toy, case: 
     assert executor.stats.waiting == 0
     executor.submit("a", (1,), GOOD)  # the id is free
     assert executor.has_work
+
+
+def test_several_ranks_verify_one_sequence_only(toy: Toy) -> None:
+    """No rank has the whole rows of probabilities that verifying several sequences needs."""
+    executor = toy.executor()
+    executor.engine.ranks = cast(Ranks, "the other ranks, which a refusal does not ask")
+    with pytest.raises(RequestError, match=r"exact_below is 0.5, an engine of 1 ranks verifies one sequence only: drop"):
+        executor.submit("a", (1,), replace(GOOD, exact_below=0.5))
 
 
 PARAMETERS = {

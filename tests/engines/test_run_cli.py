@@ -61,9 +61,12 @@ def test_every_sampling_parameter_has_an_option():
     arguments = "--mode target --n 2 --k 3 --ess-threshold 0.25 --temperature 0.5 --draft-temperature 0.6 --alpha 2"
     arguments += " --top-k 4 --top-p 0.9 --min-p 0.1 --seed 9 --max-tokens 11 --min-tokens 1 --stop a --stop b"
     arguments += " --stop-token-id 5 --ignore-eos --select argmax --return-particles --logprobs"
+    arguments += " --truncate-rounds --resampling residual --resample-power 0.5 --exact-below 0.5 --fallback -3"
     sampling = parse(["--engine", "e", *arguments.split()]).sampling
+    # falling back is for mode smc only, which is the default
+    assert sampling.pop("fallback_below") == SamplingParams(fallback_below=-3.0).fallback_below
     params = SamplingParams.from_mapping(sampling)
-    assert {*sampling, "cache_prompt"} == {field.name for field in dataclasses.fields(SamplingParams)}
+    assert {*sampling, "cache_prompt", "fallback_below"} == {field.name for field in dataclasses.fields(SamplingParams)}
     assert all(getattr(params, name) != getattr(SamplingParams(), name) for name in sampling)
     assert params.stop == ("a", "b")
     assert parse(["--engine", "e", "--particles", "2", "--draft-tokens", "3"]).sampling == {

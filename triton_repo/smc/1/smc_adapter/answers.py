@@ -129,6 +129,8 @@ _FIGURES: dict[str, tuple[Callable[[Answer], Any], Any]] = {
     "num_output_tokens": (_info("output_tokens"), np.int32),
     "num_cached_tokens": (_info("cached_tokens"), np.int32),
     "log_evidence": (_info("log_evidence"), np.float64),
+    "log_evidence_sd": (_info("log_evidence_sd"), np.float64),
+    "fell_back": (_info("fell_back"), np.bool_),
     "rounds": (_info("rounds"), np.int32),
     "resamples": (_info("resamples"), np.int32),
     "recoveries": (_info("recoveries"), np.int32),

@@ -1,0 +1,181 @@
+"""smc-eval: how good the answers of each setting are, beside what they cost.
+
+    smc-eval --engine engines/task-pair-tp1 --task chain --n 4,8,16 --k 4,8 --temperature 1.0 --problems 200 --seeds 0,1 \\
+        --answers answers.jsonl --json report.json --png report.png
+
+Runs every mode and setting over the same problems, scores by exact match, and prints accuracy with its 95 % interval, the
+paired difference to the target, tokens a target pass, tokens/s and log-likelihood under the target. Run it again with the
+same --answers and it goes on where it was interrupted, or adds what is new.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smc_engines.config import ExecutorConfig
+from smc_engines.eval import plot, report
+from smc_engines.eval.runner import Answers, Work, run
+from smc_engines.eval.settings import MODES, Setting, grid, parse_axis, parse_numbers, parse_setting
+from smc_engines.eval.statistics import summarise
+from smc_engines.eval.tasks import TASKS, load_task
+from smc_engines.executor import Executor
+from smc_engines.sampling_params import SamplingParams
+from smc_plugin.errors import ConfigError, SmcError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of smc-eval."""
+    parser = argparse.ArgumentParser(prog="smc-eval", description="Measure the quality of settings beside their cost.")
+    parser.add_argument("--engine", required=True, metavar="DIR", help="engine directory made by smc-build")
+    parser.add_argument("--task", choices=TASKS, default="chain", help="default %(default)s")
+    parser.add_argument(
+        "--task-config", type=Path, metavar="FILE", help="target/config.json of the pair whose chain task this is"
+    )
+    parser.add_argument("--problems", type=int, default=100, help="default %(default)s")
+    parser.add_argument("--problem-seed", type=int, default=1, help="which problems; default %(default)s")
+    parser.add_argument("--seeds", default="0", help="answers to each problem, one a seed; default %(default)s")
+    parser.add_argument("--modes", default=",".join(MODES), help="default %(default)s")
+    parser.add_argument("--n", default="8", help="values of N; default %(default)s")
+    parser.add_argument("--k", default="4", help="values of K; default %(default)s")
+    parser.add_argument("--theta", default="", help=f"values of θ; default {SamplingParams.ess_threshold}")
+    parser.add_argument(
+        "--temperature", default=str(SamplingParams.temperature), help="values of the temperature; default %(default)s"
+    )
+    parser.add_argument(
+        "--vary", action="append", default=[], metavar="NAME=VALUES", help="another sampling parameter of mode smc"
+    )
+    parser.add_argument(
+        *("--also",),
+        action="append",
+        default=[],
+        metavar="NAME=VALUE,...",
+        help="one more setting, such as num_particles=4,num_draft_tokens=8,exact_below=1; mode smc unless it says otherwise",
+    )
+    parser.add_argument("--batch", type=int, default=64, help="requests handed over together; default %(default)s")
+    parser.add_argument("--groups", type=int, default=16, help="requests decoded together; default %(default)s")
+    parser.add_argument("--device", default=ExecutorConfig.device, help="auto, cpu or cuda; default %(default)s")
+    parser.add_argument("--threads", type=int, help="torch threads on a CPU")
+    parser.add_argument(
+        "--answers", type=Path, metavar="FILE", help="keep all answers there (JSON lines), and go on from it"
+    )
+    for suffix, what in (
+        ("json", "the figures"),
+        ("csv", "the rows"),
+        ("png", "a drawing"),
+        ("html", "one page of it all"),
+    ):
+        parser.add_argument(f"--{suffix}", type=Path, metavar="FILE", help=f"write {what} there")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run smc-eval; returns the exit status."""
+    given = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args(given)
+    try:
+        evaluate(args, f"smc-eval {shlex.join(given)}")
+    except (SmcError, OSError) as error:
+        print(f"smc-eval: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nsmc-eval: interrupted; with --answers the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def evaluate(args: argparse.Namespace, command: str = "smc-eval") -> dict[str, Any]:
+    """Run what the command line asks for, print the table and write the files.
+
+    Returns:
+        the report.
+    Raises:
+        SmcError: an option is wrong, the engine cannot be loaded or a request failed.
+    """
+    for path in (args.png, args.html):
+        if path is not None:
+            plot.check_available(path)
+    if min(args.problems, args.batch, args.groups) < 1:
+        raise ConfigError("--problems, --batch and --groups must be at least 1: raise them")
+    settings, seeds = _settings(args), parse_numbers("--seeds", args.seeds)
+    task = load_task(args.task, args.task_config)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    executor = Executor.from_engine_dir(args.engine, ExecutorConfig(device=args.device, max_groups=args.groups))
+    items = task.items(args.problems, args.problem_seed)
+    head = {"engine": executor.engine.manifest.name, "task": task.name, "task_settings": task.settings}
+    head["problem_seed"] = args.problem_seed
+    print(
+        f"{len(settings)} settings, {len(items)} problems, {len(seeds)} seeds on {executor.engine.device}",
+        file=sys.stderr,
+    )
+    answers = Answers(args.answers, head)
+    run(executor, Work(task, items, settings, seeds, head, args.batch), answers)
+    found = head | {"command": command, "problems": len(items), "seeds": seeds}
+    found |= {"date": date.today().isoformat(), "device": _device(executor), "torch": torch.__version__}
+    found["rows"] = summarise(_wanted(answers.records, settings, seeds, len(items)))
+    _write(found, args)
+    return found
+
+
+def _settings(args: argparse.Namespace) -> list[Setting]:
+    axes: dict[str, list[Any]] = {
+        "temperature": parse_numbers("--temperature", args.temperature, float),
+        "num_particles": parse_numbers("--n", args.n),
+        "num_draft_tokens": parse_numbers("--k", args.k),
+        "ess_threshold": parse_numbers("--theta", args.theta, float),
+    }
+    for text in args.vary:
+        name, values = parse_axis(text)
+        if name in axes:
+            raise ConfigError(f"--vary {name} has an option of its own, see --help: use that")
+        axes[name] = values
+    settings = grid([mode for mode in args.modes.split(",") if mode], axes)
+    for text in args.also:
+        own = parse_setting(text)
+        single = {name: [value] for name, value in own.items() if name != "mode"}
+        settings += grid([own.get("mode", "smc")], {"temperature": axes["temperature"], **single})
+    return list(dict.fromkeys(settings))
+
+
+def _wanted(
+    records: list[dict[str, Any]], settings: list[Setting], seeds: list[int], count: int
+) -> list[dict[str, Any]]:
+    """The answers that this command asks for, in the order of the settings; the file may hold more."""
+    order = {setting.key: place for place, setting in enumerate(settings)}
+    wanted = [
+        record
+        for record in records
+        if Setting.of(record["setting"]).key in order and record["seed"] in seeds and record["item"] < count
+    ]
+    return sorted(wanted, key=lambda record: order[Setting.of(record["setting"]).key])
+
+
+def _device(executor: Executor) -> str:
+    device = executor.engine.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def _write(found: dict[str, Any], args: argparse.Namespace) -> None:
+    print(report.table(found["rows"]))
+    if args.json is not None:
+        report.write_json(found, args.json)
+    if args.csv is not None:
+        report.write_csv(found["rows"], args.csv)
+    if args.png is not None:
+        plot.draw(found, args.png)
+    if args.html is not None:
+        report.write_html(found, args.html)
+    for path in (args.answers, args.json, args.csv, args.png, args.html):
+        if path is not None:
+            print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What scripts/train_task_pair.py is made of."""

@@ -1,0 +1,154 @@
+"""smc-eval on a toy with letters: what it counts, that it goes on where it stopped, and the statistics behind it."""
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from smc_engines import eval_cli
+from smc_engines.eval import statistics
+from smc_engines.eval.runner import Answers
+from smc_engines.eval.settings import Setting, grid, parse_axis
+from smc_engines.eval.tasks import Item, Task, load_task
+from smc_plugin.errors import ConfigError, RequestError
+from tests.toy import Toy
+
+
+def letters_task(name: str, config: Path | None = None) -> Task:
+    """Right is an answer that begins with the letter asked for; the toy knows three letters and no question."""
+    assert (name, config) == ("chain", None)
+    items = [Item((1, 2), "abc"[index % 3], 4) for index in range(30)]
+    return Task("letters", {}, lambda count, seed: items[:count], lambda answer, text: text.startswith(answer))
+
+
+@pytest.fixture
+def command(letters: Toy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    monkeypatch.setattr(eval_cli, "load_task", letters_task)
+    monkeypatch.chdir(tmp_path)
+    return ["--engine", str(letters.engine_dir), "--n", "2,4", "--k", "2", "--temperature", "1.0", "--seeds", "0,1"]
+
+
+def test_a_run_goes_on_where_it_stopped_and_says_the_same(command: list[str], tmp_path: Path) -> None:
+    """The file of a killed run ends inside a line; resuming must neither lose nor repeat an answer."""
+    files = ["--json", "r.json", "--csv", "r.csv", "--png", "r.png", "--html", "r.html"]
+    assert eval_cli.main([*command, "--problems", "12", "--answers", "a.jsonl", *files]) == 0
+    whole = json.loads(Path("r.json").read_text())
+    lines = Path("a.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 1 + 4 * 12 * 2
+    Path("b.jsonl").write_text("".join(lines[:30]) + lines[30][:20])
+    assert eval_cli.main([*command, "--problems", "12", "--answers", "b.jsonl", "--json", "r2.json"]) == 0
+    assert len(Path("b.jsonl").read_text().splitlines()) == len(lines)
+    again = json.loads(Path("r2.json").read_text())
+    timing = {"tokens_per_second", "pareto_tokens_per_second"}
+    for one, other in zip(whole["rows"], again["rows"], strict=True):
+        for name in one.keys() - timing:
+            assert one[name] == (pytest.approx(other[name]) if isinstance(one[name], float) else other[name]), name
+    rows = list(csv.DictReader(Path("r.csv").read_text().splitlines()))
+    assert [row["label"] for row in rows] == [row["label"] for row in whole["rows"]]
+    assert Path("r.png").read_bytes().startswith(b"\x89PNG")
+    assert "data:image/png" in Path("r.html").read_text()
+
+
+def test_one_row_is_repeated_by_its_flags_alone(command: list[str]) -> None:
+    assert eval_cli.main([*command, "--problems", "12", "--json", "all.json", "--vary", "draft_temperature=0.9"]) == 0
+    row = next(row for row in json.loads(Path("all.json").read_text())["rows"] if "N=4" in row["label"])
+    own = ["--engine", command[1], *row["flags"].split(), "--problems", "12", "--seeds", "0,1", "--json", "one.json"]
+    assert eval_cli.main(own) == 0
+    (alone,) = json.loads(Path("one.json").read_text())["rows"]
+    for name in ("label", "accuracy", "tokens", "tokens_per_pass", "log_p_per_token", "different_texts"):
+        assert alone[name] == pytest.approx(row[name]), name
+
+
+def test_rows_count_what_the_answers_say(command: list[str]) -> None:
+    assert eval_cli.main([*command, "--problems", "9", "--answers", "a.jsonl", "--json", "r.json"]) == 0
+    records = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()[1:]]
+    rows = {row["label"]: row for row in json.loads(Path("r.json").read_text())["rows"]}
+    own = [r for r in records if Setting.of(r["setting"]).label == "smc N=4 K=2 T=1"]
+    row = rows["smc N=4 K=2 T=1"]
+    assert row["accuracy"] == pytest.approx(np.mean([r["right"] for r in own]))
+    assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
+    assert row["tokens"] == sum(r["tokens"] for r in own)
+    target = rows["target T=1"]
+    assert target["tokens_per_pass"] == pytest.approx(1.0)
+    assert "accuracy_gain" not in target
+    exact = np.mean([r["right"] for r in records if r["setting"]["mode"] == "target"])
+    assert row["accuracy_gain"] == pytest.approx(row["accuracy"] - exact)
+
+
+def test_answers_of_another_run_are_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Answers(Path("a.jsonl"), {"engine": "other", "task": "letters", "task_settings": {}, "problem_seed": 1})
+    assert eval_cli.main([*command, "--answers", "a.jsonl"]) == 1
+    assert "a.jsonl holds answers for other engine ('other'" in capsys.readouterr().err
+    Path("b.jsonl").write_text("no json\n")
+    assert eval_cli.main([*command, "--answers", "b.jsonl"]) == 1
+    assert "b.jsonl is no answers file" in capsys.readouterr().err
+
+
+def test_settings_name_each_combination_once_and_refuse_nonsense() -> None:
+    axes = {"temperature": [1.0], "num_particles": [2, 4], "num_draft_tokens": [3]}
+    labels = [setting.label for setting in grid(["target", "speculative", "smc"], axes)]
+    assert labels == ["target T=1", "speculative K=3 T=1", "smc N=2 K=3 T=1", "smc N=4 K=3 T=1"]
+    with pytest.raises(ConfigError, match="'fast'"):
+        grid(["fast"], axes)
+    with pytest.raises(RequestError, match="did you mean 'ess_threshold'"):
+        grid(["smc"], {"ess_treshold": [0.5]})
+    assert parse_axis("draft-temperature=0.9,1") == ("draft_temperature", [0.9, 1])
+    assert Setting.of({"mode": "smc", "num_particles": 2}).key == Setting.of({"num_particles": 2, "mode": "smc"}).key
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "copying", "recall", "chain"])
+def test_tasks_are_named_by_their_seed_and_know_their_answers(name: str) -> None:
+    task = load_task(name)
+    items = task.items(5, 1)
+    assert items == task.items(8, 1)[:5]
+    assert items != task.items(5, 2)
+    for item in items:
+        said = f"so answer{item.answer}" if name == "chain" else f" {item.answer}"
+        assert task.right(item.answer, said)
+        assert not task.right(item.answer, said + "0")
+    with pytest.raises(ConfigError, match="no task 'sums'"):
+        load_task("sums")
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    """Problems of unequal difficulty with three answers each: an interval over answers alone would be too narrow."""
+    draws, covered, naive = np.random.default_rng(1), 0, 0
+    for _ in range(400):
+        chances = draws.beta(1, 0.5, size=60)  # mean 2/3
+        shares = (draws.random((60, 3)) < chances[:, None]).mean(axis=1)
+        count = statistics.effective_count(list(shares), 180)
+        low, high = statistics.wilson(shares.mean() * count, count)
+        covered += low <= 2 / 3 <= high
+        low, high = statistics.wilson(shares.mean() * 180, 180)
+        naive += low <= 2 / 3 <= high
+    assert 0.92 <= covered / 400 <= 0.98
+    assert naive < covered - 20
+
+
+def test_mmd_is_zero_on_average_for_equal_laws_and_not_for_others() -> None:
+    source = random.Random(3)
+
+    def sample(bias: float) -> list[list[int]]:
+        return [[int(source.random() < bias) for _ in range(4)] for _ in range(4)]
+
+    same = [statistics.mmd_squared(sample(0.5), sample(0.5)) for _ in range(500)]
+    other = [statistics.mmd_squared(sample(0.5), sample(0.8)) for _ in range(500)]
+    mean, half = statistics.mean_and_half_width(same)
+    assert abs(mean) < 1.5 * half
+    mean, half = statistics.mean_and_half_width(other)
+    assert mean > 3 * half
+    # P(match) under biases 0.5/0.5, 0.8/0.8 and 0.5/0.8 a place: the kernel is a product over four places
+    exact = 0.75**4 + (0.5 + 0.5 * 0.68) ** 4 - 2 * 0.75**4
+    assert mean == pytest.approx(exact, abs=2.5 * half)
+
+
+def test_the_frontier_holds_what_nothing_beats() -> None:
+    rows = [
+        {"setting": {"mode": "smc", "temperature": 1.0}, "accuracy": accuracy, "cost": cost}
+        for accuracy, cost in ((0.9, 1.0), (0.8, 2.0), (0.7, 1.5), (0.8, 1.0))
+    ]
+    statistics.mark_pareto(rows, "cost")
+    assert [row["pareto_cost"] for row in rows] == [True, True, False, False]

@@ -1,0 +1,185 @@
+"""The options beside plain SMC keep its laws, on the toy of test_laws.py: unbiased where weighed, exact where lossless."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from smc_engines.sampling_params import SamplingParams
+from smc_plugin.errors import RequestError
+from smc_plugin.reference import options
+from tests.engines.test_laws import BASE, GROUPS, evidence, grouped
+from tests.toy import Toy, assert_drawn_from, assert_means, info_of, merge_rare, particle_law, sample
+
+UNBIASED = {
+    "early ends": {"truncate_rounds": True, "ess_threshold": 0.8},
+    "early ends, sharpened": {"truncate_rounds": True, "ess_threshold": 0.9, "power_alpha": 2.0, "num_draft_tokens": 1},
+    "stratified": {"resampling": "stratified", "ess_threshold": 1.0, "num_draft_tokens": 1},
+    "residual": {"resampling": "residual", "ess_threshold": 1.0, "num_draft_tokens": 1},
+    "half the weights": {"resample_power": 0.5, "ess_threshold": 1.0, "num_draft_tokens": 1},
+    "sometimes lossless": {"exact_below": 0.8, "num_draft_tokens": 1},
+    "all at once": {
+        **{"truncate_rounds": True, "ess_threshold": 0.8, "resampling": "residual", "resample_power": 0.7},
+        **{"exact_below": 0.5},
+    },
+}
+
+
+@pytest.mark.parametrize("case", UNBIASED)
+def test_options_leave_weights_and_evidence_unbiased(toy: Toy, case: str) -> None:
+    params = replace(BASE, num_draft_tokens=3, select="argmax")
+    params = replace(params, **UNBIASED[case])
+    outputs = sample(toy.executor(**GROUPS), toy.prompt, params, 150, seed=3000)
+    law, proposal = toy.law(params), toy.proposal_law(params)
+    answers = list(law)
+    groups = merge_rare({answer: min(law[answer], proposal[answer]) for answer in law}, 0.03)
+    mass = evidence(outputs)[:, None] * particle_law(outputs, answers)
+    assert_means(mass.sum(axis=1, keepdims=True), [sum(law.values())])
+    assert_means(grouped(mass, answers, groups), [sum(law[answer] for answer in group) for group in groups])
+    assert sum(info_of(output).resamples for output in outputs) > 30
+
+
+EXACT = {
+    "two sequences": {"num_particles": 2, "num_draft_tokens": 2},
+    "five sequences": {"num_particles": 5, "num_draft_tokens": 3},
+    "one token at a time": {"num_particles": 4, "num_draft_tokens": 1, "draft_temperature": 0.7},
+    "filtered": {"num_particles": 3, "top_k": 3, "top_p": 0.85},
+    "sharpened": {"num_particles": 3, "power_alpha": 2.0},
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_lossless_rounds_over_many_sequences_follow_the_target_exactly(clash: Toy, case: str) -> None:
+    """The draft of this pair knows nothing of its target, so a wrong residual would show at once."""
+    params = replace(BASE, exact_below=1.0, **EXACT[case])
+    outputs = sample(clash.executor(**GROUPS), clash.prompt, params, 400, seed=21)
+    assert_drawn_from([output.token_ids for output in outputs], clash.normalised_law(params))
+    for output in outputs[:20]:
+        info = info_of(output)
+        assert info.log_evidence == 0.0
+        assert {particle.token_ids for particle in info.particles} == {output.token_ids}
+
+
+def test_more_sequences_are_accepted_further(clash: Toy) -> None:
+    params = replace(BASE, exact_below=1.0, max_tokens=12, ignore_eos=True, num_draft_tokens=3)
+    passes = []
+    for particles in (1, 4, 16):
+        outputs = sample(clash.executor(**GROUPS), clash.prompt, replace(params, num_particles=particles), 60, seed=2)
+        passes.append(sum(info_of(output).rounds for output in outputs))
+    assert passes[2] < passes[1] < passes[0]
+
+
+def test_one_sequence_is_speculative_decoding_token_for_token(clash: Toy) -> None:
+    exact = replace(BASE, exact_below=1.0, num_particles=1)
+    ours = sample(clash.executor(**GROUPS), clash.prompt, exact, 40, seed=4)
+    theirs = sample(clash.executor(**GROUPS), clash.prompt, replace(BASE, mode="speculative"), 40, seed=4)
+    assert [output.token_ids for output in ours] == [output.token_ids for output in theirs]
+
+
+def test_the_dial_ends_are_the_two_methods(toy: Toy) -> None:
+    """At 0 nothing changes, just above it nearly nothing is lossless, and higher settings come nearer to the target."""
+    params = replace(BASE, num_draft_tokens=3, max_tokens=4)
+    plain = sample(toy.executor(**GROUPS), toy.prompt, params, 40, seed=9)
+    dialled = sample(toy.executor(**GROUPS), toy.prompt, replace(params, exact_below=1e-9), 40, seed=9)
+    assert [output.token_ids for output in plain] == [output.token_ids for output in dialled]
+
+
+def test_early_ends_stop_where_the_ess_gets_low(toy: Toy) -> None:
+    params = replace(BASE, num_draft_tokens=5, max_tokens=10, ess_threshold=0.7, ignore_eos=True, num_particles=8)
+    whole = sample(toy.executor(**GROUPS), toy.prompt, params, 40, seed=6)
+    early = sample(toy.executor(**GROUPS), toy.prompt, replace(params, truncate_rounds=True), 40, seed=6)
+    rounds = [sum(info_of(output).rounds for output in outputs) for outputs in (whole, early)]
+    assert rounds[1] > rounds[0]
+    ess = [np.concatenate([info_of(output).ess for output in outputs]).mean() for outputs in (whole, early)]
+    assert ess[1] > ess[0]
+    never = replace(params, truncate_rounds=True, ess_threshold=0.0)
+    calm = sample(toy.executor(**GROUPS), toy.prompt, never, 20, seed=6)
+    assert {info_of(output).rounds for output in calm} == {2}
+
+
+def test_weighing_until_the_ess_is_low_stops_at_the_first_such_token() -> None:
+    """The example of the module's text, and a group that dies: recovery still wins where it comes first."""
+    no = torch.zeros(3, dtype=torch.bool)
+    log_p = torch.tensor([[[0.1, 1.9, 5.0], [0.0, 0.0, 0.0]]] * 3)
+    log_p[1, :, 1] = -torch.inf
+    weighed = options.weigh_until(
+        torch.zeros(3, 2, dtype=torch.float64),
+        *(log_p, torch.zeros(3, 2, 3), torch.ones(3), torch.full((3, 2), 4), torch.zeros(3, 2, dtype=torch.bool), no),
+        torch.tensor([1.5, 1.5, 0.0], dtype=torch.float64),
+    )
+    assert weighed.committed.tolist() == [2, 1, 3]
+    assert weighed.recovered.tolist() == [False, True, False]
+    np.testing.assert_allclose(weighed.log_weights[:, 0], [2.0, 0.1, 7.0], atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["systematic", "stratified", "residual"])
+def test_schemes_give_each_particle_its_share(scheme) -> None:
+    generator = torch.Generator().manual_seed(5)
+    log_weights = torch.tensor([[0.0, -1.0, -torch.inf, 0.5, -3.0, -0.2]], dtype=torch.float64)
+    weights = log_weights.exp() / log_weights.exp().sum()
+    uniforms = torch.rand(20000, 6, dtype=torch.float64, generator=generator)
+    ancestors = options.ancestors_by(scheme, log_weights.expand(20000, -1), uniforms)
+    counts = torch.nn.functional.one_hot(ancestors, 6).sum(dim=1)
+    assert counts.sum(dim=1).unique().tolist() == [6]
+    assert counts[:, 2].max() == 0
+    assert_means(counts.double().numpy()[:, [0, 1, 3, 4, 5]], (6 * weights[0, [0, 1, 3, 4, 5]]).tolist())
+    if scheme != "stratified":
+        assert (counts >= (6 * weights).floor()).all()
+    if scheme == "systematic":
+        assert (counts <= (6 * weights).ceil()).all()
+
+
+def test_equal_weights_give_each_particle_one_offspring() -> None:
+    """1/3 is a little less than a third in binary: rounding must not cost a residual scheme its sure offspring."""
+    for particles in (3, 5, 7, 12):
+        flat = torch.zeros(1, particles, dtype=torch.float64)
+        ancestors = options.ancestors_by("residual", flat, torch.zeros_like(flat))
+        assert ancestors.tolist() == [list(range(particles))]
+
+
+def test_a_poor_certificate_falls_back_to_the_target_itself(clash: Toy) -> None:
+    """What fell back follows the target exactly, since its random numbers are new ones; what did not is as before."""
+    params = replace(BASE, num_particles=2, fallback_below=-0.3)
+    outputs = sample(clash.executor(**GROUPS), clash.prompt, params, 350, seed=31)
+    plain = sample(clash.executor(**GROUPS), clash.prompt, replace(params, fallback_below=None), 350, seed=31)
+    again = [output for output in outputs if info_of(output).fell_back]
+    assert 60 < len(again) < 300
+    assert_drawn_from([output.token_ids for output in again], clash.normalised_law(params))
+    for output, before in zip(outputs, plain, strict=True):
+        info, old = info_of(output), info_of(before)
+        assert (info.log_evidence, info.final_ess) == (old.log_evidence, old.final_ess)
+        assert info.fell_back == (old.log_evidence < -0.3)
+        assert info.discarded_rounds == (old.rounds if info.fell_back else 0)
+        if not info.fell_back:
+            assert output.token_ids == before.token_ids
+
+
+def test_nothing_is_shown_before_the_certificate_is_known(toy: Toy) -> None:
+    executor = toy.executor(**GROUPS)
+    params = replace(BASE, num_particles=2, max_tokens=10, ignore_eos=True, fallback_below=0.0, seed=1)
+    executor.submit("a", toy.prompt, params)
+    outputs = []
+    while executor.has_work:
+        outputs += executor.step()
+    assert info_of(outputs[-1]).fell_back
+    shown = [token for output in outputs for token in output.new_token_ids]
+    assert shown == list(outputs[-1].token_ids)
+    executor.check_integrity()
+    with pytest.raises(RequestError, match="fallback_below needs mode smc"):
+        replace(params, mode="target")
+
+
+def test_the_estimated_spread_of_the_evidence_is_about_its_spread(toy: Toy) -> None:
+    params = replace(BASE, num_particles=16, num_draft_tokens=1, ess_threshold=0.9)
+    infos = [info_of(output) for output in sample(toy.executor(**GROUPS), toy.prompt, params, 150, seed=8)]
+    spread = np.std([info.log_evidence for info in infos])
+    estimate = np.sqrt(np.mean([info.log_evidence_sd**2 for info in infos]))
+    assert 0.6 < estimate / spread < 1.7
+    assert all(info.final_ess == info.ess[-1] for info in infos if info.ess)
+
+
+def test_the_mix_refuses_a_power_since_its_ends_differ_there() -> None:
+    with pytest.raises(RequestError, match="expected one law: set exact_below to 0 or 1"):
+        SamplingParams(exact_below=0.5, power_alpha=2.0)
+    assert SamplingParams(exact_below=1.0, power_alpha=2.0).exact_below == 1.0
