@@ -300,16 +300,8 @@ class Engine:
             top_k,
         )
 
-    def _check(self, prompt: Sequence[int], params: SamplingParams, n: int, k: int) -> None:
+    def _check_drafting(self, params: SamplingParams, n: int, k: int) -> None:
         limits = self.limits
-        if not prompt:
-            raise RequestError("the prompt is empty, expected at least one token: pass some text")
-        for token in prompt:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < limits.vocab_size:
-                raise RequestError(
-                    f"prompt token {token!r} is not in the vocabulary, expected 0 to {limits.vocab_size - 1}: "
-                    "tokenize with the engine's own tokenizer"
-                )
         if n > limits.max_particles:
             raise RequestError(
                 f"the request asks num_particles {n}, the engine was built for at most {limits.max_particles}: lower it, "
@@ -332,9 +324,21 @@ class Engine:
         if self.ranks is not None and params.exact_below > 0 and n > 1:
             # Its verification looks at whole rows of probabilities, which no rank has.
             raise RequestError(
-                f"exact_below is {params.exact_below:g}, an engine of {self.manifest.tp} ranks verifies one sequence only: drop "
-                "it, or use mode speculative, or an engine of one rank"
+                f"exact_below is {params.exact_below:g}, an engine of {self.manifest.tp} ranks verifies one sequence only: "
+                "drop it, or use mode speculative, or an engine of one rank"
             )
+
+    def _check(self, prompt: Sequence[int], params: SamplingParams, n: int, k: int) -> None:
+        limits = self.limits
+        if not prompt:
+            raise RequestError("the prompt is empty, expected at least one token: pass some text")
+        for token in prompt:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < limits.vocab_size:
+                raise RequestError(
+                    f"prompt token {token!r} is not in the vocabulary, expected 0 to {limits.vocab_size - 1}: "
+                    "tokenize with the engine's own tokenizer"
+                )
+        self._check_drafting(params, n, k)
         if len(prompt) + params.max_tokens > limits.max_seq_len:
             raise RequestError(
                 f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}, together at most "

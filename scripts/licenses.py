@@ -27,7 +27,7 @@ def pinned() -> dict[str, str]:
 def licence(name: str) -> str:
     """What a package says of its licence: the SPDX expression, else the field, the classifiers, or its file's first line."""
     about = metadata(name)
-    stated = about.get("License-Expression") or about.get("License") or ""
+    stated = next(iter(about.get_all("License-Expression", []) or about.get_all("License", [])), "")
     if stated and "\n" not in stated and len(stated) < 80:
         return stated
     kinds = [line.split(" :: ")[-1] for line in about.get_all("Classifier", []) if line.startswith("License ::")]
