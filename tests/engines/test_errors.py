@@ -59,7 +59,9 @@ def test_several_ranks_verify_one_sequence_only(toy: Toy) -> None:
     """No rank has the whole rows of probabilities that verifying several sequences needs."""
     executor = toy.executor()
     executor.engine.ranks = cast(Ranks, "the other ranks, which a refusal does not ask")
-    with pytest.raises(RequestError, match=r"exact_below is 0.5, an engine of 1 ranks verifies one sequence only: drop"):
+    with pytest.raises(
+        RequestError, match=r"exact_below is 0.5, an engine of 1 ranks verifies one sequence only: drop"
+    ):
         executor.submit("a", (1,), replace(GOOD, exact_below=0.5))
 
 
