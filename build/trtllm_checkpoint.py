@@ -39,6 +39,7 @@ _OUTSIDE = {
     "lm_head": "lm_head.weight",
 }
 _MATRICES = ("qkv", "o", "gate_up", "down")
+_MAX_RANKS = 1024
 
 
 def is_trtllm(config: dict[str, Any]) -> bool:
@@ -53,20 +54,21 @@ def read_trtllm_config(folder: Path) -> ModelConfig:
         CheckpointError: an architecture, quantization or mapping that is not supported.
     """
     stored = read_json(safe_file(folder, "config.json"))
-    family = _FAMILIES.get(stored["architecture"])
+    family = _FAMILIES.get(str(stored["architecture"]))
     if family is None:
         raise CheckpointError(
-            f"architecture {stored['architecture']!r} is not supported, expected one of {', '.join(_FAMILIES)}: use a "
+            f"architecture {stored['architecture']!r:.80} is not supported, expected one of {', '.join(_FAMILIES)}: use a "
             "checkpoint of one of these"
         )
-    quantization = (stored.get("quantization") or {}).get("quant_algo")
+    quantization = _part(stored, "quantization").get("quant_algo")
     if quantization:
         raise CheckpointError(
             f"config.json asks for quantization {quantization!r}, expected none: convert the checkpoint without quantization"
         )
-    if (stored.get("mapping") or {}).get("pp_size", 1) != 1:
+    stages = _part(stored, "mapping").get("pp_size", 1)
+    if stages != 1:
         raise CheckpointError(
-            f"config.json has pp_size {stored['mapping']['pp_size']}, expected 1: convert it with tensor parallelism only"
+            f"config.json has pp_size {stages!r:.40}, expected 1: convert it with tensor parallelism only"
         )
     generation = folder / "generation_config.json"
     return ModelConfig.from_hf(
@@ -79,7 +81,7 @@ def read_trtllm_config(folder: Path) -> ModelConfig:
             "num_key_value_heads": stored.get("num_key_value_heads"),
             "head_dim": stored.get("head_size"),
             "intermediate_size": stored.get("intermediate_size"),
-            "hidden_act": {"swiglu": "silu"}.get(stored.get("hidden_act", "silu"), stored.get("hidden_act", "silu")),
+            "hidden_act": "silu" if stored.get("hidden_act", "silu") == "swiglu" else stored.get("hidden_act", "silu"),
             "rms_norm_eps": stored.get("norm_epsilon", 1e-5),
             "rope_theta": stored.get("rotary_base", 10000.0),
             "rope_scaling": stored.get("rotary_scaling"),
@@ -98,8 +100,12 @@ def trtllm_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: their number is not the config's tp_size.
     """
-    mapping = read_json(safe_file(folder, "config.json")).get("mapping") or {}
+    mapping = _part(read_json(safe_file(folder, "config.json")), "mapping")
     tp = mapping.get("tp_size", mapping.get("world_size", 1))
+    if isinstance(tp, bool) or not isinstance(tp, int) or not 1 <= tp <= _MAX_RANKS:
+        raise CheckpointError(
+            f"config.json has tp_size {tp!r:.40}, expected a whole number from 1 to {_MAX_RANKS}: correct config.json"
+        )
     paths = [safe_file(folder, f"rank{rank}.safetensors") for rank in range(tp)]
     for path in paths:
         if not path.is_file():
@@ -107,6 +113,14 @@ def trtllm_files(folder: Path) -> list[Path]:
                 f"{path.name} is missing in {folder}, expected {tp} of them (tp_size): fetch the checkpoint again"
             )
     return paths
+
+
+def _part(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """An object inside config.json, empty where there is none."""
+    part = values.get(key) or {}
+    if not isinstance(part, dict):
+        raise CheckpointError(f"config.json: {key!r} is {part!r:.40}, expected an object or none: correct config.json")
+    return part
 
 
 class TrtllmCheckpoint:

@@ -102,7 +102,10 @@ def evaluate(args: argparse.Namespace, command: str = "smc-eval") -> dict[str, A
         if path is not None:
             plot.check_available(path)
     if min(args.problems, args.batch, args.groups) < 1:
-        raise ConfigError("--problems, --batch and --groups must be at least 1: raise them")
+        raise ConfigError(
+            f"--problems, --batch and --groups are {args.problems}, {args.batch} and {args.groups}, expected at least 1: raise "
+            "them"
+        )
     settings, seeds = _settings(args), parse_numbers("--seeds", args.seeds)
     task = load_task(args.task, args.task_config)
     if args.threads is not None:
@@ -111,6 +114,8 @@ def evaluate(args: argparse.Namespace, command: str = "smc-eval") -> dict[str, A
     items = task.items(args.problems, args.problem_seed)
     head = {"engine": executor.engine.manifest.name, "task": task.name, "task_settings": task.settings}
     head["problem_seed"] = args.problem_seed
+    models = executor.engine.manifest.target, executor.engine.manifest.draft
+    head["models"] = [model.source_sha256 for model in models if model is not None]
     print(
         f"{len(settings)} settings, {len(items)} problems, {len(seeds)} seeds on {executor.engine.device}",
         file=sys.stderr,

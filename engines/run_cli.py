@@ -86,8 +86,9 @@ def _run(options: RunOptions) -> int:
     say = _Narrator(options.quiet)
     say(f"loading  {options.engine}")
     started = time.perf_counter()
-    with contextlib.closing(Engine.from_dir(options.engine, options.executor)) as engine:
-        return _answer(options, Executor(engine), params, prompt, lines, say, started)
+    executor = Executor.from_engine_dir(options.engine, options.executor)
+    with contextlib.closing(executor.engine):
+        return _answer(options, executor, params, prompt, lines, say, started)
 
 
 def _answer(

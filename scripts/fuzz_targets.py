@@ -188,7 +188,8 @@ class Targets:
         choices = Choices(data)
         length = struct.unpack("<Q", sound[:8])[0]
         header = mutate(json.loads(sound[8 : 8 + length]), choices)
-        text = _dump(header).encode()
+        # Padded as the format allows: of the old size where it can be, which an engine directory checks first.
+        text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
         lies = (0, 1, 2**63, len(text) + 7, 100_000_001)
         claimed = lies[choices.pick(5)] if choices.pick(4) == 3 else len(text)
         body = sound[8 + length :]

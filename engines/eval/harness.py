@@ -13,15 +13,20 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
-from lm_eval.api.registry import register_model
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+except ImportError as error:
+    raise SystemExit(
+        f"smc harness: lm_eval is not usable ({error}), expected the extra harness: pip install 'smc-engine[harness]'"
+    ) from error
 
 from smc_engines.config import ExecutorConfig
 from smc_engines.executor import Executor
 from smc_engines.sampling_params import SamplingParams
-from smc_plugin.errors import ConfigError
+from smc_plugin.errors import ConfigError, SmcError
 
 _PARAMETERS = {field.name for field in dataclasses.fields(SamplingParams)} - {"seed"}
 _PASSED = ("temperature", "top_p", "top_k", "min_p")
@@ -118,4 +123,7 @@ class SmcModel(LM):
 register_model("smc")(SmcModel)  # not as a decorator, which would hide the class's own type
 
 if __name__ == "__main__":
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except SmcError as problem:
+        raise SystemExit(f"smc harness: {problem}") from None

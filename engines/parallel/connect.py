@@ -50,8 +50,8 @@ def connect(tp: int, config: ExecutorConfig) -> Ranks | None:
     if launched_rank() is None or size != tp:
         found = "a single process" if launched_rank() is None else f"one of {size} that mpirun started"
         raise ConfigError(
-            f"the engine has {tp} ranks, this process is {found}: use smc-run, smc-bench or smc-serve, which start the ranks, "
-            f"or mpirun -n {tp}"
+            f"the engine has {tp} ranks, this process is {found}: use smc-run, smc-bench or smc-serve, which start the "
+            "ranks"
         )
     try:
         from smc_engines.parallel.mpi import MpiRanks  # noqa: PLC0415

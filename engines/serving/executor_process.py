@@ -38,9 +38,8 @@ def serve(engine: str, address: str, config: ExecutorConfig, show_text: bool, dr
         SmcError: the engine directory cannot be loaded.
     """
     log = Log("executor")
-    loaded = Engine.from_dir(Path(engine), config)
-    executor = Executor(loaded)
-    with contextlib.closing(loaded), zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+    executor = Executor.from_engine_dir(engine, config)
+    with contextlib.closing(executor.engine), zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER)
         socket.setsockopt(zmq.RCVHWM, 0)

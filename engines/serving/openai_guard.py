@@ -28,10 +28,10 @@ def read_keys(path: str) -> list[bytes]:
         ConfigError: the file cannot be read, has no key, or one that can be guessed.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the API keys ({error}), expected a text file: correct the path") from None
-    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    keys = [key for line in lines if (key := line.strip()) and not key.startswith("#")]
     if not keys or min(map(len, keys)) < MIN_KEY_LENGTH:
         raise ConfigError(
             f"{path} has {len(keys)} API keys, expected at least one and none shorter than {MIN_KEY_LENGTH} characters: "
@@ -64,9 +64,10 @@ class RequireKey:
             await self._app(scope, receive, send)
 
     def _known(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer ")
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         # every key is compared, in constant time, so that the time says nothing about them
-        return any([hmac.compare_digest(given, key) for key in self._keys])
+        found = any([hmac.compare_digest(given, key) for key in self._keys])
+        return found and scheme.lower() == b"bearer"
 
 
 class LimitBody:
