@@ -318,7 +318,8 @@ class Executor:
         outputs = []
         for batch, flight in due:
             summary = flight.land()
-            self._lockstep.witness(flight.packed)
+            # Rows of requests that ended while the round was in flight mean nothing, and may differ between ranks.
+            self._lockstep.witness(flight.packed[[row for row, request in enumerate(batch) if self._is_live(request)]])
             outputs += self._publish(batch, summary)
         return outputs
 
@@ -340,7 +341,7 @@ class Executor:
             raise SmcError("the page pool ran out inside a round, admission promised enough: report this as a bug")
         outputs = []
         for row, request in enumerate(batch):
-            if self.scheduler.requests.get(request.request_id) is not request:
+            if not self._is_live(request):
                 continue  # it ended while this round was in flight
             news = self._publisher.read(request, summary, row, first)
             if news.error is not None:
@@ -350,6 +351,9 @@ class Executor:
             elif news.token_ids and request.plan.params.fallback_below is None:
                 outputs.append(self._publisher.progress(request, news.token_ids))
         return outputs
+
+    def _is_live(self, request: Request) -> bool:
+        return self.scheduler.requests.get(request.request_id) is request
 
     def _finish(self, request: Request) -> list[RequestOutput]:
         output = self._publisher.answer(request)

@@ -200,6 +200,7 @@ def _instead_of(given_up: RequestInfo, info: RequestInfo) -> RequestInfo:
     """Figures of a lossless answer, with the certificate of the particles that it replaces."""
     return replace(
         info,
+        seed=given_up.seed,  # that the request can be repeated with
         log_evidence=given_up.log_evidence,
         log_evidence_sd=given_up.log_evidence_sd,
         final_ess=given_up.final_ess,

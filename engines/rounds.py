@@ -110,7 +110,7 @@ class Draft:
     Args:
         tokens: [G, N, K]. log_q: [G, N, K] float32.
         lse: [G, N, K] float32, log-sum-exp of the row that each token was drawn from.
-        scaled: [G, N, K, V] draft logits after temperature and filters; speculative mode only, else None.
+        scaled: [G, N, K, V] float32 draft logits after temperature and filters; where rounds may be lossless, else None.
     """
 
     tokens: Tensor
@@ -368,7 +368,7 @@ def _weigh(
     terms = (opened.log_weights, score.log_p, draft.log_q, opened.group_alpha, end, opened.finished, failed)
     particles, rows = score.lse.shape[1:]
     if context.kind.truncated:
-        least = torch.where(state.truncates[slots], opened.ess_threshold * particles, 0.0)
+        least = opened.ess_threshold * particles
         weighed = options.weigh_until(*terms, least)
     else:
         weighed = context.kernels.weights.weigh(*terms)

@@ -45,10 +45,9 @@ class Slots:
             "top_p": params.top_p,
             "min_p": params.min_p,
             "ess_threshold": params.ess_threshold,
-            "truncates": params.truncate_rounds,
             "resample_power": params.resample_power,
             "exact_below": params.exact_below,
-            "exact_next": params.exact_below >= 1,
+            "exact_next": False,
         }
         for name, value in values.items():
             getattr(state, name)[slot] = value

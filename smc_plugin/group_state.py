@@ -25,8 +25,8 @@ class GroupState:
 
     Per slot [S]: slot (its number), position, generated, settled (generated tokens that all live particles share),
     round_number, num_blocks, max_tokens, min_tokens, top_k, seed (int64); temperature, draft_temperature, alpha, top_p,
-    min_p (float32); ess_threshold, log_evidence, resample_power, exact_below (float64); active, failed, truncates (rounds end
-    where the ESS gets low), exact_next (the next round is lossless) (bool); stop_ids [S, M] int64, unused -1.
+    min_p (float32); ess_threshold, log_evidence, resample_power, exact_below (float64); active, failed, exact_next (the
+    next round is lossless) (bool); stop_ids [S, M] int64, unused -1.
     Per particle [S, N]: log_weights float64; finished bool; length, end_kind, stop_state, frontier, previous int64;
     tokens [S, N, T] int64; log_probs [S, N, T] float32; block_table [S, N, B + 1] int32.
     """
@@ -52,7 +52,6 @@ class GroupState:
     exact_below: Tensor
     active: Tensor
     failed: Tensor
-    truncates: Tensor
     exact_next: Tensor
     stop_ids: Tensor
     log_weights: Tensor
@@ -85,7 +84,7 @@ class GroupState:
         fields = {name: slot(i64) for name in integers} | {name: slot(f32) + 1 for name in reals}
         fields |= {name: slot(f64) for name in ("ess_threshold", "log_evidence", "exact_below")}
         fields |= {"resample_power": slot(f64) + 1}
-        fields |= {name: slot(torch.bool) for name in ("active", "failed", "truncates", "exact_next")}
+        fields |= {name: slot(torch.bool) for name in ("active", "failed", "exact_next")}
         fields |= {"stop_ids": slot(i64, stop_ids) - 1}
         fields |= {name: particle(i64) for name in ("length", "end_kind", "stop_state", "frontier", "previous")}
         fields |= {"log_weights": particle(f64), "finished": ~particle(torch.bool)}
@@ -124,7 +123,7 @@ PARTICLE_FIELDS = frozenset(
         *("tokens", "log_probs", "block_table"),
     )
 )
-# What a round may change; the rest are the request's parameters.
+# What `groups` changes in a round (`exact_next` is written by rounds._resample); the rest are the request's parameters.
 CHANGED_FIELDS = (
     *("position", "generated", "settled", "round_number", "num_blocks", "log_evidence", "active", "failed"),
     *sorted(PARTICLE_FIELDS),

@@ -12,13 +12,14 @@ import os
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smc_build.engine_dir import load_manifest
 from smc_engines.parallel.connect import launched_rank
-from smc_plugin.errors import ConfigError, SmcError
+from smc_plugin.errors import ConfigError, RankError, SmcError
 
 if TYPE_CHECKING:
     from smc_engines.engine import Engine
@@ -74,12 +75,23 @@ def follow_rank_0(load: Callable[[], Engine], program: str) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         engine = load()
-    except SmcError:
+        if engine.ranks is None:
+            raise ConfigError(
+                f"the engine has one rank, this process is number {launched_rank()} of those that a launcher started, expected "
+                "one: start the command alone"
+            )
+    except RankError:
+        return 1  # of something all did together: rank 0 says what it was
+    except SmcError as error:
+        print(f"{program}: rank {launched_rank()}: {error}", file=sys.stderr, flush=True)
         return 1
     try:
         follow(engine)
-    except SmcError as error:
-        print(f"{program}: {error}", file=sys.stderr, flush=True)
+    except Exception as error:
+        if isinstance(error, SmcError):
+            print(f"{program}: {error}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
         # Not the way out that waits for the others: they may wait for this rank.
         os._exit(1)
     return 0

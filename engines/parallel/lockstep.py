@@ -115,8 +115,10 @@ class Lockstep:
             self._ranks.send_plan(Step(tuple(self._news), self._digest))
             self._news.clear()
         self._ranks.watch(self._timeout_s)
-        yield
-        self._ranks.watch(None)
+        try:
+            yield
+        finally:
+            self._ranks.watch(None)
 
     def expect(self, shape: Hashable) -> None:
         """Be patient with what this step runs if it was not run before."""

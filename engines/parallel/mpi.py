@@ -23,6 +23,7 @@ _LEAVE_S = 8.0
 _YIELDS = 20  # then the wait sleeps: who sleeps is woken sooner than who yields when other programs are busy
 _SHORT_NAP_S, _NAP_S = 0.00005, 0.0005
 _SPIN_S = 0.002  # plans usually follow one another at once
+_SHORT_BYTES = 2048  # what MPIs send without waiting for the receiver
 
 
 class MpiRanks:
@@ -88,9 +89,17 @@ class MpiRanks:
 
     def send_plan(self, plan: Any) -> None:
         """See Ranks."""
-        self._sent = [request for request in self._sent if not request.Test()]
         data = pickle.dumps(plan)
         self._sent += [self._world.Isend([data, self._mpi.BYTE], dest, _PLAN_TAG) for dest in range(1, self.size)]
+        # A short message is on its way; the rest of a long one moves only inside calls of MPI, and ranks on GPUs make none
+        # in a step.
+        while self._pending() and len(data) > _SHORT_BYTES:
+            time.sleep(_SHORT_NAP_S)
+
+    def _pending(self) -> bool:
+        """Whether plans are still being sent."""
+        self._sent = [request for request in self._sent if not request.Test()]
+        return bool(self._sent)
 
     def receive_plan(self) -> Any:
         """See Ranks."""
@@ -107,10 +116,8 @@ class MpiRanks:
     def close(self) -> None:
         """See Ranks."""
         with deadline(self.rank, _LEAVE_S, "not all ranks left"):
-            for request in self._sent:
-                while not request.Test():
-                    time.sleep(_SHORT_NAP_S)
-            self._sent.clear()
+            while self._pending():
+                time.sleep(_SHORT_NAP_S)
             self.gather_objects(None)
             if self._heartbeat is not None:
                 self._heartbeat.close()

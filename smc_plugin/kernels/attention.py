@@ -133,7 +133,7 @@ def _wait_for_shared_parts(done, left, expected, group_size):
 @triton.jit(
     do_not_specialize=[
         *("offset", "num_splits", "min_chunk", "num_groups", "group_size", "shared_blocks", "shared_splits"),
-        *("shared_chunk"),
+        "shared_chunk",
     ]
 )
 def _attention_kernel(  # noqa: PLR0912, PLR0915 - one idea: a program's queries against its part of the context

@@ -136,11 +136,12 @@ def systematic_tokens(
     """
     probs = softmax(scaled, gather)
     totals = gather(probs.sum(dim=-1))
-    before = totals[:rank].sum(dim=0)
-    positions = (u[:, None] + torch.arange(num_particles, device=u.device)) / num_particles * totals.sum(dim=0)[:, None]
+    ends = totals.cumsum(dim=0)
+    before = ends[rank - 1] if rank > 0 else torch.zeros_like(ends[0])
+    positions = (u[:, None] + torch.arange(num_particles, device=u.device)) / num_particles * ends[-1][:, None]
     cdf = before[:, None] + probs.cumsum(dim=-1)
     # Where a rank's part of the CDF ends is where the next rank's begins, whatever the rounding of its sum.
-    cdf[:, -1] = before + totals[rank]
+    cdf[:, -1] = ends[rank]
     counts = gather(torch.searchsorted(cdf.contiguous(), positions, right=True)).sum(dim=0)
     numbers = torch.arange(first_token, first_token + scaled.shape[-1], device=u.device)
     possible = gather((numbers * (probs > 0)).amax(dim=-1)).amax(dim=0)

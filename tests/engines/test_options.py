@@ -149,6 +149,7 @@ def test_a_poor_certificate_falls_back_to_the_target_itself(clash: Toy) -> None:
         info, old = info_of(output), info_of(before)
         assert (info.log_evidence, info.final_ess) == (old.log_evidence, old.final_ess)
         assert info.fell_back == (old.log_evidence < -0.3)
+        assert info.seed == old.seed
         assert info.discarded_rounds == (old.rounds if info.fell_back else 0)
         if not info.fell_back:
             assert output.token_ids == before.token_ids
