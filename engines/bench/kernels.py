@@ -28,7 +28,7 @@ _KIND_PATTERNS = (
     ("collective", r"nccl|one_shot|all_reduce|symm_mem"),
     (
         "bookkeeping",
-        r"^_(open|ends|commit|inherit|close|take_pages|assign|fork|release|weigh|round_end|summary|ancestors)_kernel",
+        r"^_(open|ends|commit|inherit|close|take_pages|assign|shared|fork|release|weigh|round_end|summary|ancestors)_kernel",
     ),
     ("sampling", r"^_(partial|combine|filter|fold|join)_kernel|sampl"),
     ("reduce", r"splitk_?reduce|reduce_kernel.*gemm"),
