@@ -1,13 +1,30 @@
 """Fixtures that more than one test file uses. Models are tiny, so one thread is fastest and keeps runs repeatable."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from xdist.scheduler import LoadFileScheduling
 
 from tests.toy import Toy, make_toy
 
 torch.set_num_threads(1)
+# Their tests look at what processes leave behind on the machine, so that they must not overlap with their like.
+_ONE_AT_A_TIME = ("tests/serving/", "tests/parallel/")
+
+
+class _Scheduling(LoadFileScheduling):
+    """A file's tests stay together, and the files of some folders too."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        scope = super()._split_scope(nodeid)
+        return next((folder for folder in _ONE_AT_A_TIME if scope.startswith(folder)), scope)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    """Used where pytest runs with -n (pytest-xdist)."""
+    return _Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
