@@ -81,7 +81,7 @@ def test_rows_count_what_the_answers_say(command: list[str]) -> None:
 def test_answers_of_another_run_are_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     Answers(Path("a.jsonl"), {"engine": "other", "task": "letters", "task_settings": {}, "problem_seed": 1})
     assert eval_cli.main([*command, "--answers", "a.jsonl"]) == 1
-    assert "a.jsonl holds answers for other engine ('other'" in capsys.readouterr().err
+    assert "a.jsonl holds answers for other engine, models ('other'" in capsys.readouterr().err
     Path("b.jsonl").write_text("no json\n")
     assert eval_cli.main([*command, "--answers", "b.jsonl"]) == 1
     assert "b.jsonl is no answers file" in capsys.readouterr().err
