@@ -215,6 +215,10 @@ def _tactics_table(tactics: dict[str, Any]) -> list[str]:
             for rows, times in by_rows.items():
                 shown = ", ".join(f"{name} {us:.1f}" for name, us in times["us"].items())
                 lines.append(f"    {role:6} {region:5} {rows:>4} rows  {times['choice']:5}  ({shown})")
+        if "whole_pass" in model:
+            times = model["whole_pass"]
+            shown = ", ".join(f"{name} {us:.1f}" for name, us in times["us"].items())
+            lines.append(f"    {role:6} a pass in one launch or in steps: {times['choice']}  ({shown})")
     return lines
 
 

@@ -9,6 +9,8 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from smc_build.checkpoint import largest_tensor_bytes
 from smc_build.dtypes import FP8
 from smc_build.engine_dir import Role
@@ -139,9 +141,19 @@ class BuildPlan:
         )
 
     @property
+    def whole_pass_bytes(self) -> int:
+        """Bytes that the draft's matrices take a second time, in the order of passes in one launch; see whole_pass."""
+        if self.memory_name != "GPU memory" or self.draft is None or self.ranks("draft") > 1:
+            return 0
+        from smc_engines.region_choice import whole_pass_bytes  # noqa: PLC0415 - needs triton, which a GPU comes with
+
+        return whole_pass_bytes(self.draft.config, self.precisions["draft"], torch.device("cuda"))
+
+    @property
     def num_pages(self) -> int:
         """KV pages that fit beside a rank's weights into the memory of its device that is free now."""
-        return max(0, int(self.memory_bytes * _USABLE_MEMORY) - self.rank_weight_bytes) // self.page_bytes
+        taken = self.rank_weight_bytes + self.whole_pass_bytes
+        return max(0, int(self.memory_bytes * _USABLE_MEMORY) - taken) // self.page_bytes
 
     @property
     def pages_per_request(self) -> int:

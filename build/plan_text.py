@@ -28,6 +28,7 @@ def describe(plan: BuildPlan) -> str:
         f"  {'row buckets':<13}{', '.join(map(str, plan.row_buckets))}",
         f"  {'weights':<13}{format_bytes(plan.weight_bytes)} as {describe_types(plan.precisions)}"
         + (" (random)" if options.random_weights else ""),
+        *_describe_copy(plan),
         f"  {'compiler':<13}{_describe_compiler(plan)}",
         f"  {'KV pages':<13}{plan.num_pages:,} of {options.page_size} tokens ({format_bytes(plan.page_bytes)} each) fit into "
         f"{format_bytes(plan.memory_bytes)} of free {plan.memory_name}; a request takes at most "
@@ -57,6 +58,12 @@ def preset_list() -> str:
         f"  {name:<{width}}  {preset.hub_name} + {preset.default_draft or 'a draft that you name'}"
         for name, preset in PRESETS.items()
     )
+
+
+def _describe_copy(plan: BuildPlan) -> list[str]:
+    if plan.whole_pass_bytes == 0:
+        return []
+    return [f"  {'on the GPU':<13}{format_bytes(plan.whole_pass_bytes)} more for the draft's passes in one launch"]
 
 
 def _describe_compiler(plan: BuildPlan) -> str:

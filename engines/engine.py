@@ -25,7 +25,7 @@ from smc_engines.parallel import lockstep
 from smc_engines.parallel.connect import connect
 from smc_engines.parallel.ranks import Ranks, same_on_all, together
 from smc_engines.plan_runner import Scratch
-from smc_engines.region_choice import choose_regions
+from smc_engines.region_choice import choose_regions, choose_whole_pass, takes_whole_passes, whole_pass_bytes
 from smc_engines.rounds import RoundKind
 from smc_engines.sampling_params import COLDEST, MAX_EOS_IDS, SamplingParams
 from smc_engines.text import Tokenizer
@@ -154,7 +154,10 @@ class Engine:
             own = weights(role, self.device, self.rank)
             regions = choose_regions(config.regions, manifest, role, own, path, self.scratch)
             kv_dtype = torch_dtype(self.precisions[role].kv)
-            return PagedModel(model_config, own, self.num_pages, self.page_size, regions, kernels, kv_dtype, ranks)
+            whole_pass = choose_whole_pass(config.regions, manifest, role, own, config.kernels)
+            return PagedModel(
+                model_config, own, self.num_pages, self.page_size, regions, kernels, kv_dtype, ranks, whole_pass
+            )
 
         self.target = together(ranks, "load the target", lambda: model("target", target))
         self.draft = None
@@ -245,6 +248,9 @@ class Engine:
         limits = self.limits
         configs = {role: self.manifest.model(role).rank_config for role in self.precisions}
         taken = sum(weight_bytes(configs[role], precision) for role, precision in self.precisions.items())
+        for role, precision in self.precisions.items():
+            if takes_whole_passes(self.config.regions, self.manifest, role, self.device, self.config.kernels):
+                taken += whole_pass_bytes(configs[role], precision, self.device)
         page_bytes = self.page_size * sum(
             configs[role].kv_bytes_per_token(precision.kv) for role, precision in self.precisions.items()
         )

@@ -8,7 +8,7 @@ ranks twice a layer.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from smc_engines.regions import RegionRunner, TorchRegions
 from smc_engines.vocabulary import ShardedVocabulary, Vocabulary, WholeVocabulary
 from smc_plugin.backend import Kernels, kernels_for
 from smc_plugin.reference.sampling import NEG_INF
+
+if TYPE_CHECKING:
+    from smc_plugin.kernels.whole_pass import WholePass
 
 
 class PagedModel:
@@ -33,6 +36,7 @@ class PagedModel:
         kernels: who computes attention and copies pages; None takes those of the weights' device.
         kv_dtype: of the KV pages; None takes the embedding's.
         ranks: the ranks that share the model; None where this process has all of it.
+        whole_pass: who computes passes of few rows in one launch, regions and attention together; None: nobody.
     """
 
     def __init__(
@@ -45,8 +49,10 @@ class PagedModel:
         kernels: Kernels | None = None,
         kv_dtype: torch.dtype | None = None,
         ranks: Ranks | None = None,
+        whole_pass: WholePass | None = None,
     ) -> None:
         self.config = config
+        self.whole_pass = whole_pass
         self.page_size = page_size
         self.weights = weights
         self._embedding = weights["embed"]
@@ -92,6 +98,9 @@ class PagedModel:
         context = self.kernels.attention.make_context(
             start, tokens.shape[1], block_table, self.page_size, self._inv_freq, max_context, offset, shared
         )
+        batch, queries = tokens.shape
+        if self.whole_pass is not None and self.whole_pass.takes(batch, queries, max_context):
+            return self.whole_pass(tokens.reshape(-1), context, self.cache).view(*tokens.shape, -1)
         residual = self.kernels.embedding.embed(tokens.reshape(-1), self._embedding)
         qkv = self._run("entry", x=residual)["qkv"]
         last = self.config.num_layers - 1

@@ -4,26 +4,36 @@
     plans   TensorRT plans of the engine directory, up to its largest row bucket
     fused   Triton kernels, up to MAX_FUSED_ROWS; more rows are arithmetic, which torch's library does better
 
+The draft's passes of few rows can also be one launch each, regions and attention together (smc_plugin.kernels.whole_pass).
+
 `auto` on a GPU follows the tactics in the manifest where they were timed on this kind of GPU (smc-build --tune). Where not,
 and for more rows than were timed, it takes the plans if there are some (and, with tactics, some region chose them), else the
-fused kernels.
+fused kernels. With `auto` the draft takes whole passes in one launch where the model and the GPU suit and --tune found nothing
+faster; the others never do.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from smc_build.dtypes import dtype_bytes
 from smc_build.engine_dir import Manifest, Role
+from smc_build.model_config import ModelConfig
+from smc_build.precision import Precision
 from smc_engines.fused_regions import FusedRegions
 from smc_engines.plan_runner import Scratch, load_plan_regions
 from smc_engines.regions import RegionRunner, SelectedRegions, TorchRegions
 from smc_engines.tactics import ModelTactics, Runner, tactics_of
 from smc_plugin.errors import EngineDirError
+
+if TYPE_CHECKING:
+    from smc_plugin.kernels.whole_pass import DecoderShape, WholePass
 
 RegionChoice = Literal["auto", "fused", "plans", "torch"]
 
@@ -69,6 +79,53 @@ def choose_regions(
         return "torch" if name == "fused" and rows > MAX_FUSED_ROWS else name
 
     return SelectedRegions(runners, select)
+
+
+def takes_whole_passes(
+    choice: RegionChoice, manifest: Manifest, role: Role, device: torch.device, kernels: str = "auto"
+) -> bool:
+    """Whether a model's passes of few rows are one launch each on this device; see choose_whole_pass."""
+    entry = manifest.model(role)
+    if choice != "auto" or role != "draft" or device.type != "cuda" or kernels == "reference":
+        return False
+    if whole_pass_bytes(entry.rank_config, entry.precision, device) == 0:
+        return False
+    tactics = tactics_of(manifest.tactics, role, torch.cuda.get_device_name(device))
+    return tactics is None or tactics.whole_pass is None or tactics.whole_pass.choice == "whole"
+
+
+def choose_whole_pass(
+    choice: RegionChoice, manifest: Manifest, role: Role, weights: Mapping[str, Tensor], kernels: str = "auto"
+) -> WholePass | None:
+    """Who computes a model's passes of few rows in one launch, or None.
+
+    Args:
+        choice, manifest, role, weights: see choose_regions.
+        kernels: the executor's choice of kernels.
+    """
+    if not takes_whole_passes(choice, manifest, role, weights["embed"].device, kernels):
+        return None
+    from smc_plugin.kernels.whole_pass import WholePass  # noqa: PLC0415 - importing it needs triton
+
+    return WholePass(shape_of(manifest.model(role).rank_config), weights)
+
+
+def whole_pass_bytes(config: ModelConfig, precision: Precision, device: torch.device) -> int:
+    """Memory that whole passes of a model would take on this GPU beside its weights; 0 where they cannot be had."""
+    from smc_plugin.kernels.launch import gpu_of  # noqa: PLC0415 - importing it needs triton
+    from smc_plugin.kernels.whole_pass import WholePass  # noqa: PLC0415
+
+    shape, gpu = shape_of(config), gpu_of(device)
+    if config.is_shard or precision.activations != "bfloat16" or not WholePass.suits(shape, gpu):
+        return 0
+    return WholePass.extra_bytes(shape, dtype_bytes(precision.matrices), gpu)
+
+
+def shape_of(config: ModelConfig) -> DecoderShape:
+    """What whole passes know of a decoder."""
+    from smc_plugin.kernels.whole_pass import DecoderShape  # noqa: PLC0415 - importing it needs triton
+
+    return DecoderShape(**{field.name: getattr(config, field.name) for field in dataclasses.fields(DecoderShape)})
 
 
 def make_runners(

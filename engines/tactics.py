@@ -38,16 +38,30 @@ class RegionTimes:
 
 
 @dataclass(frozen=True)
+class PassTimes:
+    """Microseconds of a pass in one launch ("whole") and in one for each step ("steps"), and the faster one."""
+
+    choice: Literal["whole", "steps"]
+    us: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        if self.choice not in ("whole", "steps"):
+            raise ValueError(f"pass {self.choice!r}, expected whole or steps")
+
+
+@dataclass(frozen=True)
 class ModelTactics:
     """One model's tactics.
 
     Args:
         regions: region to rows to times.
         products: product to rows to how it is cut.
+        whole_pass: one launch against one for each step; None where it was not timed.
     """
 
     regions: Mapping[str, Mapping[int, RegionTimes]] = field(default_factory=dict)
     products: Mapping[str, Mapping[int, Tactic]] = field(default_factory=dict)
+    whole_pass: PassTimes | None = None
 
     def runner(self, region: str, rows: int) -> Runner | None:
         """Who was fastest; None beyond what was timed."""
@@ -64,18 +78,24 @@ class ModelTactics:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back."""
-        return {
+        values: dict[str, Any] = {
             name: {
                 key: {str(rows): dataclasses.asdict(entry) for rows, entry in by_rows.items()}
                 for key, by_rows in table.items()
             }
             for name, table in (("regions", self.regions), ("products", self.products))
         }
+        return values if self.whole_pass is None else {**values, "whole_pass": dataclasses.asdict(self.whole_pass)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelTactics:
         """Read what `to_dict` wrote; anything else raises KeyError, TypeError, ValueError or AttributeError."""
-        return cls(_read(values["regions"], RegionTimes), _read(values["products"], Tactic))
+        timed = values.get("whole_pass")
+        return cls(
+            _read(values["regions"], RegionTimes),
+            _read(values["products"], Tactic),
+            None if timed is None else PassTimes(**timed),
+        )
 
 
 def _read(table: Mapping[str, Any], kind: Callable[..., Entry]) -> dict[str, dict[int, Entry]]:

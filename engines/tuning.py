@@ -30,9 +30,9 @@ from smc_build.precision import Precision
 from smc_engines.engine import Engine
 from smc_engines.fused_regions import PRODUCTS, FusedRegions
 from smc_engines.model import PagedModel
-from smc_engines.region_choice import MAX_FUSED_ROWS, choose_regions, make_runners
+from smc_engines.region_choice import MAX_FUSED_ROWS, choose_regions, make_runners, takes_whole_passes
 from smc_engines.regions import RegionRunner
-from smc_engines.tactics import ModelTactics, RegionTimes, Runner
+from smc_engines.tactics import ModelTactics, PassTimes, RegionTimes, Runner
 from smc_plugin.errors import ConfigError
 from smc_plugin.kernels.compile import precompile
 from smc_plugin.kernels.launch import gpu_of, recording
@@ -90,6 +90,8 @@ def tune_engine(engine: Engine, rows: Mapping[Role, Sequence[int]] | None = None
         model.regions = choose_regions(
             engine.config.regions, engine.manifest, role, model.weights, engine.plan_folder, engine.scratch
         )
+        if not takes_whole_passes(engine.config.regions, engine.manifest, role, engine.device, engine.config.kernels):
+            model.whole_pass = None
     return tactics
 
 
@@ -136,7 +138,7 @@ class Tuner:
         regions: dict[str, dict[int, RegionTimes]] = {}
         for region in used_regions(self._config):
             regions[region] = {count: self._compare(region, count) for count in rows}
-        return ModelTactics(regions, products)
+        return ModelTactics(regions, products, self._compare_passes(few))
 
     def _tune_product(self, name: str, rows: int) -> Tactic:
         """The fastest tactic of one product, the others as found so far."""
@@ -150,12 +152,32 @@ class Tuner:
         self._say(f"{name:8} {rows:4} rows  {best_us:8.1f} us a {'head' if name == 'head' else 'pass'}  {best}")
         return best
 
+    def _compare_passes(self, rows: Sequence[int]) -> PassTimes | None:
+        """Time a pass in one launch against one for each step, at the most rows that it takes."""
+        whole = self._model.whole_pass
+        taken = [count for count in rows if whole is not None and whole.takes(count, 1, _CONTEXT_TOKENS)]
+        if not taken:
+            return None
+        call, times = self._forward(max(taken)), {}
+        for name in ("whole", "steps"):
+            self._model.whole_pass = whole if name == "whole" else None
+            times[name] = round(self._graph_us([call] * 4) / 4, 2)
+        self._model.whole_pass = whole
+        choice = "whole" if times["whole"] < times["steps"] else "steps"
+        self._say(
+            f"pass     {max(taken):4} rows  {choice:6} (us: whole {times['whole']:.1f}  steps {times['steps']:.1f})"
+        )
+        return PassTimes(choice, times)
+
     def _product_us(self, name: str, rows: int, tactic: Tactic) -> float:
         """Microseconds of what a product is part of: the head, or a pass without it."""
         self._fused.choose(name, rows, tactic)
         if name == "head":
             return self._chain_us(self._fused, self._chain("head"), rows)
-        return self._graph_us([self._forward(rows)])
+        whole, self._model.whole_pass = self._model.whole_pass, None
+        us = self._graph_us([self._forward(rows)])
+        self._model.whole_pass = whole
+        return us
 
     def _forward(self, rows: int) -> Callable[[], object]:
         """A pass of the model on the fused runner, sequences sharing all pages but the last."""

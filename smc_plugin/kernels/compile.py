@@ -30,6 +30,8 @@ from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from smc_plugin.kernels.launch import Recorded
 
@@ -76,6 +78,9 @@ def _describe(value: Any) -> tuple[str, bool]:
         return _POINTERS[value.dtype], True
     if isinstance(value, float):
         return "fp32", False
+    if isinstance(value, TensorDescriptor):
+        dtype = _POINTERS[value.base.dtype].removeprefix("*")
+        return f"tensordesc<{dtype}{value.block_shape},{value.layout!r}>", False
     return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
 
 
@@ -84,6 +89,11 @@ def _for_capability(recorded: Recorded, capability: int) -> Recorded:
     has_pdl = capability >= 90
     arguments = {**recorded.arguments, "PDL": has_pdl}
     return Recorded(recorded.kernel, arguments, {**recorded.options, "launch_pdl": has_pdl})
+
+
+def source_of(kernel: Any) -> type[ASTSource]:
+    """Triton kernels and Gluon ones have different front ends."""
+    return GluonASTSource if kernel.is_gluon() else ASTSource
 
 
 def _source(recorded: Recorded) -> ASTSource:
@@ -99,7 +109,7 @@ def _source(recorded: Recorded) -> ASTSource:
         signature[parameter.name], divisible = _describe(value)
         if divisible and not is_general:
             attributes[(position,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes)
+    return source_of(kernel)(kernel, signature, constants, attributes)
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
@@ -140,7 +150,7 @@ def _compile_job(job: tuple[str, str, dict, dict, dict, dict, int]) -> int:
     module, name, signature, constants, attributes, options, capability = job
     kernel = getattr(import_module(module), name)
     target = GPUTarget("cuda", capability, 32)
-    triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+    triton.compile(source_of(kernel)(kernel, signature, constants, attributes), target=target, options=options)
     return 1
 
 

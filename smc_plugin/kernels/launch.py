@@ -82,10 +82,12 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What decides how work is cut: the number of multiprocessors, and the shared memory a program may take, in bytes."""
+    """What decides how work is cut: the number of multiprocessors, the shared memory a program may take, in bytes, and the
+    compute capability."""
 
     sm_count: int = 132
     shared_bytes: int = 232448
+    capability: tuple[int, int] = (9, 0)
 
 
 @functools.cache
@@ -94,7 +96,9 @@ def gpu_of(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return Gpu()
     properties = torch.cuda.get_device_properties(device)
-    return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    return Gpu(
+        properties.multi_processor_count, properties.shared_memory_per_block_optin, (properties.major, properties.minor)
+    )
 
 
 def sm_count(device: torch.device) -> int:
