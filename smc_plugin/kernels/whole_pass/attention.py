@@ -43,7 +43,10 @@ def _turned(loaded, column, norm, pair_norm, eps, NORM: gl.constexpr, HEAD_DIM: 
 
 @gluon.jit
 def find_places(places, block_row, length, PAGE_SIZE: gl.constexpr, SPAN: gl.constexpr):
-    """Write where each position's keys lie in a layer's pages, SPAN positions at a time; the same for all layers."""
+    """Write where each position's keys lie in a layer's pages, SPAN positions at a time; the same for all layers.
+
+    Places of the last tile from `length` on are in page 0.
+    """
     at = gl.arange(0, SPAN, layout=gl.BlockedLayout([1], [32], [8], [0]))
     for tile in range((length + SPAN - 1) // SPAN):
         token = tile * SPAN + at
@@ -143,15 +146,12 @@ def _load_new(qkv, line, head, cos, sin, column, WIDTH: gl.constexpr, HEAD_DIM: 
 
 @gluon.jit
 def attend(
-    tile0, tile1, sequence, kv_head, part, qkv, cache, half_cache, places, length, cos, sin, slots,
+    sequence, kv_head, part, qkv, cache, half_cache, places, length, cos, sin, slots,
     q_norm, k_norm, out, scale_log2, eps,
     NORM: gl.constexpr, QUERIES: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr,
     HEAD_DIM: gl.constexpr, TILES: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """HEADS query heads of one sequence and KV head against the new keys and values and those in the pages.
-
-    `tile0, tile1` are the keys and values of the first two tiles, asked for before the queries were there.
-    """
+    """HEADS query heads of one sequence and KV head against the new keys and values and those in the pages."""
     R: gl.constexpr = HEADS * QUERIES
     LAYOUT: gl.constexpr = attention_layout(R, HEAD_DIM)
     QUERY: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))  # [R, HEAD_DIM]
@@ -173,6 +173,9 @@ def attend(
         new_keys = new_keys + (found,)
         new_values = new_values + (gl.load(found[4] + KV_HEADS * HEAD_DIM, cache_modifier=".cg"),)
         new_slots = new_slots + (gl.load(slots + line),)
+    # Answers come in the order of the questions: pages, which are far, are asked for after what is waited for first.
+    tile0 = load_tile(cache, half_cache, places, 0, length, kv_head, KV_HEADS, HEAD_DIM, TILES, TOKENS, LAYOUT)
+    tile1 = load_tile(cache, half_cache, places, 1, length, kv_head, KV_HEADS, HEAD_DIM, TILES, TOKENS, LAYOUT)
     if NORM:
         q_norms, q_pair_norms = gl.load(q_norm + column), gl.load(q_norm + pair_column)
         k_norms, k_pair_norms = gl.load(k_norm + column), gl.load(k_norm + pair_column)

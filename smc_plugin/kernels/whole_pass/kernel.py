@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from smc_plugin.kernels.whole_pass.attention import attend, attention_layout, await_new, find_places, load_tile
+from smc_plugin.kernels.whole_pass.attention import attend, await_new, find_places
 from smc_plugin.kernels.whole_pass.exchange import (
     SUM,
     as_floats,
@@ -83,17 +83,21 @@ def _qkv(
     rows, scale = _normed(normed, squares, eps, INNER, DEPTH, TILE_PARTS, ROWS, PROGRAMS)
     for turn in range(units):
         acc = gl.zeros([8, 16, 8], gl.float32, MMA)
+        column = (turn * PROGRAMS + program) * 8 + eight
+        if SCALED:
+            column_scale = gl.load(scales + column)[None, :]
+        if BIAS:
+            bias = gl.load(biases + column).to(gl.float32)[None, :]
         for chunk in gl.static_range((INNER + DEPTH - 1) // DEPTH):
             w = weight_operand(await_stage(ring, full, stage, ELEMENTS, STAGES), 0, DEPTH, VECTORS)
             release_stage(empty, stage, STAGES)
             acc = mma_v2(rows[chunk], w, acc)
             stage += 1
-        column = (turn * PROGRAMS + program) * 8 + eight
         y = sum_of_warps(acc) * scale[:, None]
         if SCALED:
-            y *= gl.load(scales + column)[None, :]
+            y *= column_scale
         if BIAS:
-            y += gl.load(biases + column).to(gl.float32)[None, :]
+            y += bias
         inside = (row < ROWS)[:, None] & (eight >= 0)[None, :]
         gl.store(out + row[:, None] * WIDTH + column[None, :], y.to(gl.bfloat16), mask=inside)
     return stage
@@ -112,6 +116,9 @@ def _gate_up(
     for turn in range(units):
         gate_acc = gl.zeros([8, 16, 8], gl.float32, MMA)
         up_acc = gl.zeros([8, 16, 8], gl.float32, MMA)
+        column = (turn * PROGRAMS + program) * 8 + eight
+        if SCALED:
+            gate_scale, up_scale = gl.load(scales + column)[None, :], gl.load(scales + WIDTH + column)[None, :]
         for chunk in gl.static_range((INNER + DEPTH - 1) // DEPTH):
             weights = await_stage(ring, full, stage, ELEMENTS, STAGES)
             w0 = weight_operand(weights, 0, DEPTH, VECTORS)
@@ -120,11 +127,10 @@ def _gate_up(
             gate_acc = mma_v2(rows[chunk], w0, gate_acc)
             up_acc = mma_v2(rows[chunk], w1, up_acc)
             stage += 1
-        column = (turn * PROGRAMS + program) * 8 + eight
         gate, up = sum_of_warps(gate_acc) * scale[:, None], sum_of_warps(up_acc) * scale[:, None]
         if SCALED:
-            gate *= gl.load(scales + column)[None, :]
-            up *= gl.load(scales + WIDTH + column)[None, :]
+            gate *= gate_scale
+            up *= up_scale
         y = gate / (1.0 + gl.exp(-gate)) * up
         inside = (row < ROWS)[:, None] & (eight >= 0)[None, :]
         gl.store(out + place_of(row[:, None], column[None, :], ROWS), y.to(gl.bfloat16), mask=inside)
@@ -170,7 +176,6 @@ def _compute(
     UNITS: gl.constexpr = HIDDEN // 16
     PARTS: gl.constexpr = GROUP // HEADS
     TASKS: gl.constexpr = ROWS // QUERIES * KV_HEADS * PARTS
-    LAYOUT: gl.constexpr = attention_layout(HEADS * QUERIES, HEAD_DIM)
     # What is handed over in a layer: the residual stream times its norm, qkv, what attention gives, the stream again, and what
     # down multiplies; sums of squares in float32, at the end.
     NEW: gl.constexpr = ROWS * HIDDEN
@@ -211,11 +216,9 @@ def _compute(
         )  # fmt: skip
         if has_task:
             pages = cache + gl.to_tensor(layer).to(gl.int64) * layer_cache
-            tile0 = load_tile(pages, half_cache, places, 0, length, kv_head, KV_HEADS, HEAD_DIM, TILES, TOKENS, LAYOUT)
-            tile1 = load_tile(pages, half_cache, places, 1, length, kv_head, KV_HEADS, HEAD_DIM, TILES, TOKENS, LAYOUT)
             await_new(block + NEW, sequence, kv_head, part, QUERIES, HEADS, GROUP, KV_HEADS, HEAD_DIM)
             attend(
-                tile0, tile1, sequence, kv_head, part, block + NEW, pages, half_cache, places, length, cos, sin, slots,
+                sequence, kv_head, part, block + NEW, pages, half_cache, places, length, cos, sin, slots,
                 q_norms + layer * HEAD_DIM, k_norms + layer * HEAD_DIM, block + ATTENDED, scale_log2, eps,
                 NORM, QUERIES, HEADS, GROUP, KV_HEADS, HEAD_DIM, TILES, TOKENS, ROWS,
             )  # fmt: skip

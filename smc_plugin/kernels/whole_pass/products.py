@@ -213,13 +213,14 @@ def add_product(
         old1 = gl.load(residual + place + 8, mask=inside, other=0.0, cache_modifier=".cg").to(gl.float32)
         acc0 = gl.zeros([8, 16, 8], gl.float32, MMA)
         acc1 = gl.zeros([8, 16, 8], gl.float32, MMA)
-        norms = gl.load(norm + column), gl.load(norm + column + 8)
-        if SCALED:
-            scale0, scale1 = gl.load(scale + column)[None, :], gl.load(scale + column + 8)[None, :]
         _await_input(x, IS_ATTENTION, INNER, ROWS, QUERIES, TASKS, PROGRAMS)
         ahead = ()
         for chunk in gl.static_range(min(CHUNKS, AHEAD)):
             ahead = ahead + (_rows(x, chunk, INNER, DEPTH, ROWS),)
+        # Answers come in the order of the questions: what may be far is asked for last.
+        norms = gl.load(norm + column), gl.load(norm + column + 8)
+        if SCALED:
+            scale0, scale1 = gl.load(scale + column)[None, :], gl.load(scale + column + 8)[None, :]
         for chunk in gl.static_range(CHUNKS):
             weights = await_stage(ring, full, stage, ELEMENTS, STAGES)
             w0 = weight_operand(weights, 0, DEPTH, VECTORS)
