@@ -11,8 +11,11 @@ same --answers and it goes on where it was interrupted, or adds what is new.
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
+import time
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch", type=int, default=64, help="requests handed over together; default %(default)s")
     parser.add_argument("--groups", type=int, default=16, help="requests decoded together; default %(default)s")
+    parser.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="start no batch after that; report what is there"
+    )
     parser.add_argument("--device", default=ExecutorConfig.device, help="auto, cpu or cuda; default %(default)s")
     parser.add_argument("--threads", type=int, help="torch threads on a CPU")
     parser.add_argument(
@@ -106,7 +112,7 @@ def evaluate(args: argparse.Namespace, command: str = "smc-eval") -> dict[str, A
             f"--problems, --batch and --groups are {args.problems}, {args.batch} and {args.groups}, expected at least 1: raise "
             "them"
         )
-    settings, seeds = _settings(args), parse_numbers("--seeds", args.seeds)
+    settings, seeds = parse_settings(args), parse_numbers("--seeds", args.seeds)
     task = load_task(args.task, args.task_config)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -121,15 +127,32 @@ def evaluate(args: argparse.Namespace, command: str = "smc-eval") -> dict[str, A
         file=sys.stderr,
     )
     answers = Answers(args.answers, head)
-    run(executor, Work(task, items, settings, seeds, head, args.batch), answers)
+    deadline = math.inf if args.time_limit is None else time.monotonic() + args.time_limit
+    left = run(
+        executor, Work(task, items, dict.fromkeys(settings, len(items)), seeds, head, args.batch), answers, deadline
+    )
+    if left:
+        print(
+            f"{left} answers are missing after {args.time_limit:g} s; with --answers the same command goes on",
+            file=sys.stderr,
+        )
     found = head | {"command": command, "problems": len(items), "seeds": seeds}
-    found |= {"date": date.today().isoformat(), "device": _device(executor), "torch": torch.__version__}
-    found["rows"] = summarise(_wanted(answers.records, settings, seeds, len(items)))
+    found |= {
+        "date": date.today().isoformat(),
+        "device": device_name(executor.engine.device),
+        "torch": torch.__version__,
+    }
+    found["rows"] = summarise(wanted(answers.records, dict.fromkeys(settings, len(items)), seeds))
     _write(found, args)
     return found
 
 
-def _settings(args: argparse.Namespace) -> list[Setting]:
+def parse_settings(args: argparse.Namespace) -> list[Setting]:
+    """The settings that a command line names, in its order, each once.
+
+    Raises:
+        ConfigError: an option that cannot be read; RequestError: a parameter that does not exist or is out of range.
+    """
     axes: dict[str, list[Any]] = {
         "temperature": parse_numbers("--temperature", args.temperature, float),
         "num_particles": parse_numbers("--n", args.n),
@@ -149,21 +172,22 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
     return list(dict.fromkeys(settings))
 
 
-def _wanted(
-    records: list[dict[str, Any]], settings: list[Setting], seeds: list[int], count: int
+def wanted(
+    records: Sequence[dict[str, Any]], settings: Mapping[Setting, int], seeds: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """The answers that this command asks for, in the order of the settings; the file may hold more."""
-    order = {setting.key: place for place, setting in enumerate(settings)}
-    wanted = [
-        record
-        for record in records
-        if Setting.of(record["setting"]).key in order and record["seed"] in seeds and record["item"] < count
-    ]
-    return sorted(wanted, key=lambda record: order[Setting.of(record["setting"]).key])
+    """The answers to the first so many problems of each setting, in the order of the settings; there may be more."""
+    order = {setting.key: (place, count) for place, (setting, count) in enumerate(settings.items())}
+
+    def rank(record: dict[str, Any]) -> tuple[int, int]:
+        return order.get(Setting.of(record["setting"]).key, (0, 0))
+
+    ranked = [(*rank(record), record) for record in records]
+    chosen = [(place, record) for place, count, record in ranked if record["item"] < count and record["seed"] in seeds]
+    return [record for _, record in sorted(chosen, key=lambda pair: pair[0])]
 
 
-def _device(executor: Executor) -> str:
-    device = executor.engine.device
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU with the number of torch's threads."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 

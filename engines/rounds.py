@@ -479,9 +479,12 @@ def _verify_many(context: RoundContext, opened: Opened, draft: Draft, score: Sco
 
 def _accept_uniforms(opened: Opened, draft: Draft) -> Tensor:
     """One uniform a draft token: [G, N, K] float64."""
-    purposes = [random.PURPOSE_ACCEPT + random.PURPOSE_STRIDE * step for step in range(draft.tokens.shape[2])]
-    uniforms = [random.uniform(*_name(opened, purpose)) for purpose in purposes]
-    return torch.stack(uniforms, dim=-1).view(draft.tokens.shape)
+    purposes = random.PURPOSE_ACCEPT + random.PURPOSE_STRIDE * torch.arange(
+        draft.tokens.shape[2], device=opened.seed.device
+    )
+    # All at once: in plain torch a draw is over a hundred operations, whatever its size.
+    seed, step, lane = (name[:, None] for name in (opened.seed, opened.step, opened.lane))
+    return random.uniform(seed, step, lane, purposes).view(draft.tokens.shape)
 
 
 def _verify(

@@ -7,8 +7,9 @@ problem. What is there already is not run again; what was run with other models 
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,16 +32,19 @@ class Work:
     """What to run: problems, seeds and settings.
 
     Args:
+        settings: and how many of the problems each is given, the first ones.
         head: what the answers file says first; a file with another one is refused.
         batch: requests given to the executor together, which also is what is lost by an interruption.
+        timed: on a GPU, let kernels compile and rounds be captured on some answers that are not counted.
     """
 
     task: Task
     items: Sequence[Item]
-    settings: Sequence[Setting]
+    settings: Mapping[Setting, int]
     seeds: Sequence[int]
     head: dict[str, Any]
     batch: int
+    timed: bool = True
 
 
 class Answers:
@@ -110,25 +114,32 @@ class Answers:
             file.flush()
 
 
-def run(executor: Executor, work: Work, answers: Answers) -> None:
+def run(executor: Executor, work: Work, answers: Answers, deadline: float = math.inf, quiet: bool = False) -> int:
     """Answer what is missing, with a progress bar on standard error.
 
+    Args:
+        deadline: of time.monotonic; no batch starts after it.
+        quiet: without the bar.
+    Returns:
+        how many answers are still missing.
     Raises:
         SmcError: a request failed.
     """
-    todo = {setting: answers.missing(setting, work.seeds, len(work.items)) for setting in work.settings}
-    total = sum(len(pairs) for pairs in todo.values())
-    with answers.writer() as file, tqdm(total=total, unit="answer", smoothing=0.05) as bar:
+    todo = {setting: answers.missing(setting, work.seeds, count) for setting, count in work.settings.items()}
+    left = sum(len(pairs) for pairs in todo.values())
+    with answers.writer() as file, tqdm(total=left, unit="answer", smoothing=0.05, disable=quiet) as bar:
         for setting, pairs in todo.items():
             bar.set_description(setting.label)
-            if (
-                pairs and executor.engine.device.type == "cuda"
-            ):  # kernels compile and rounds are captured outside the timing
+            if pairs and work.timed and executor.engine.device.type == "cuda" and time.monotonic() < deadline:
                 _answer(executor, work, setting, pairs[: executor.engine.max_groups])
             for start in range(0, len(pairs), work.batch):
+                if time.monotonic() >= deadline:
+                    return left
                 part = pairs[start : start + work.batch]
                 answers.add(_answer(executor, work, setting, part), file)
                 bar.update(len(part))
+                left -= len(part)
+    return left
 
 
 def _answer(executor: Executor, work: Work, setting: Setting, pairs: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:

@@ -52,6 +52,23 @@ def test_a_run_goes_on_where_it_stopped_and_says_the_same(command: list[str], tm
     assert "data:image/png" in Path("r.html").read_text()
 
 
+def test_a_time_limit_leaves_a_report_of_what_there_is(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    few = [*command, "--problems", "4", "--answers", "a.jsonl"]
+    assert eval_cli.main([*few, "--modes", "target"]) == 0
+    assert eval_cli.main([*few, "--time-limit", "0", "--json", "r.json"]) == 0
+    assert "24 answers are missing after 0 s" in capsys.readouterr().err
+    assert [row["label"] for row in json.loads(Path("r.json").read_text())["rows"]] == ["target T=1"]
+
+
+def test_the_certificate_auc_is_the_chance_of_a_higher_value() -> None:
+    draws = random.Random(1)
+    records = [{"right": draws.random() < 0.7, "log_evidence": float(draws.randrange(-5, 1))} for _ in range(60)]
+    right = [r["log_evidence"] for r in records if r["right"]]
+    wrong = [r["log_evidence"] for r in records if not r["right"]]
+    pairs = [(a > b) + 0.5 * (a == b) for a in right for b in wrong]
+    assert statistics.certificate_auc(records) == pytest.approx(np.mean(pairs))
+
+
 def test_one_row_is_repeated_by_its_flags_alone(command: list[str]) -> None:
     assert eval_cli.main([*command, "--problems", "12", "--json", "all.json", "--vary", "draft_temperature=0.9"]) == 0
     row = next(row for row in json.loads(Path("all.json").read_text())["rows"] if "N=4" in row["label"])

@@ -1,6 +1,7 @@
 """The executor on a GPU: captured rounds on Triton kernels, against the eager torch reference on the CPU."""
 
 import random
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from smc_engines.config import ExecutorConfig
 from smc_engines.executor import Executor
 from smc_engines.outputs import RequestOutput
 from smc_engines.sampling_params import SamplingParams
-from tests.plugin.test_kernels_executor import CASES
+from tests.plugin.test_kernels_executor import ALL_CASES, CASES, OPTION_CASES, assert_every_option_acted
 from tests.tiny_models import make_checkpoint
 from tests.toy import Toy, assert_empty, info_of, make_toy
 
@@ -24,9 +25,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     return make_toy(folder, vocab_size=6, letters=True, max_seq_len=32, head_dim=16, noise=0.7)
 
 
-def run(toy: Toy, device: str, **config) -> list[RequestOutput]:
+def run(toy: Toy, device: str, names: Collection[str] = CASES, **config) -> list[RequestOutput]:
     executor = toy.executor(device=device, **config)
-    outputs = executor.generate([toy.prompt] * len(CASES), list(CASES.values()))
+    outputs = executor.generate([toy.prompt] * len(names), [ALL_CASES[name] for name in names])
     assert_empty(executor)
     return outputs
 
@@ -41,6 +42,34 @@ def test_captured_rounds_say_what_the_cpu_says(wide: Toy, schedule: str, overlap
         info, other = info_of(ours), info_of(theirs)
         assert info.log_evidence == pytest.approx(other.log_evidence, abs=1e-3), case
         assert [step.ancestors for step in info.trace] == [step.ancestors for step in other.trace], case
+
+
+@pytest.mark.parametrize("case", OPTION_CASES)
+def test_an_option_in_a_captured_round_says_what_the_cpu_says(wide: Toy, case: str) -> None:
+    """Three requests of one kind: the batch is padded to four with the spare slot, then shrinks through its buckets."""
+    params = [replace(OPTION_CASES[case], seed=seed) for seed in (5, 6, 7)]
+    params[1] = replace(params[1], max_tokens=5)
+    answers = []
+    for device in ("cpu", "cuda"):
+        executor = wide.executor(device=device)
+        answers.append(executor.generate([wide.prompt] * 3, params))
+        assert_empty(executor)
+    for theirs, ours in zip(*answers, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        info, other = info_of(ours), info_of(theirs)
+        assert info.log_evidence == pytest.approx(other.log_evidence, abs=1e-3)
+        assert [step.ancestors for step in info.trace] == [step.ancestors for step in other.trace]
+        weights = [particle.log_weight for particle in other.particles]
+        assert [particle.log_weight for particle in info.particles] == pytest.approx(weights, abs=1e-3)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_options_share_a_captured_step(wide: Toy, overlap: bool) -> None:
+    """All of them at once, so that rounds of every kind are replayed in turn on one pool of pages."""
+    found = run(wide, "cuda", OPTION_CASES, overlap=overlap)
+    expected = run(wide, "cpu", OPTION_CASES)
+    assert [output.token_ids for output in found] == [output.token_ids for output in expected]
+    assert_every_option_acted(dict(zip(OPTION_CASES, found, strict=True)))
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,26 @@ CASES = {
     "speculative": replace(BASE, mode="speculative", num_draft_tokens=3),
     "greedy": replace(BASE, temperature=0.0),
 }
+# Everything beside plain SMC that a round can be made of; on a GPU it runs as torch operations inside the captured round.
+OPTION_CASES = {
+    "early ends": replace(
+        BASE, truncate_rounds=True, ess_threshold=0.9, num_draft_tokens=3, ignore_eos=True, max_tokens=12
+    ),
+    "stratified": replace(BASE, resampling="stratified", ess_threshold=1.0, ignore_eos=True),
+    "residual": replace(BASE, resampling="residual", ess_threshold=1.0, ignore_eos=True, num_particles=4),
+    "half the weights": replace(BASE, resample_power=0.5, ess_threshold=1.0, ignore_eos=True, max_tokens=12),
+    "always lossless": replace(BASE, exact_below=1.0, num_draft_tokens=3, ignore_eos=True, max_tokens=12),
+    "lossless, filtered, sharpened": replace(BASE, exact_below=1.0, top_k=3, top_p=0.9, power_alpha=1.5),
+    "sometimes lossless": replace(BASE, exact_below=0.9, num_draft_tokens=3, ignore_eos=True, max_tokens=12),
+    "sometimes lossless, stop strings": replace(BASE, exact_below=0.9, stop=("ab",), ignore_eos=True, max_tokens=12),
+    "falls back": replace(BASE, fallback_below=-1e-3, ess_threshold=1.0, max_tokens=12, ignore_eos=True),
+    "all at once": replace(
+        BASE,
+        **{"truncate_rounds": True, "ess_threshold": 0.9, "resampling": "residual", "resample_power": 0.7},
+        **{"exact_below": 0.8, "num_draft_tokens": 3, "num_particles": 4, "ignore_eos": True, "max_tokens": 14},
+    ),
+}
+ALL_CASES = CASES | OPTION_CASES
 FP8_CASES = ("smc", "resample every round", "speculative")
 
 
@@ -43,7 +63,7 @@ def run(
 ) -> list[RequestOutput]:
     """The cases at once, so that groups share rounds and pages."""
     executor = toy.executor(kernels=kernels, regions=regions, draft_schedule=schedule)
-    outputs = executor.generate([toy.prompt] * len(names), [CASES[name] for name in names])
+    outputs = executor.generate([toy.prompt] * len(names), [ALL_CASES[name] for name in names])
     assert_empty(executor)
     return outputs
 
@@ -52,6 +72,13 @@ def run(
 def test_answers_are_those_of_the_reference(wide: Toy, schedule: DraftSchedule) -> None:
     expected, found = run(wide, "reference", "torch", schedule), run(wide, "triton", "fused", schedule)
     assert_same_answers(found, expected)
+
+
+def test_options_are_those_of_the_reference(wide: Toy) -> None:
+    expected = run(wide, "reference", "torch", "deferred", OPTION_CASES)
+    found = run(wide, "triton", "fused", "deferred", OPTION_CASES)
+    assert_same_answers(found, expected, OPTION_CASES)
+    assert_every_option_acted(dict(zip(OPTION_CASES, found, strict=True)))
 
 
 def test_fp8_answers_are_those_of_the_reference(tmp_path: Path) -> None:
@@ -84,3 +111,18 @@ def assert_same_answers(
         assert [step.ancestors for step in info.trace] == [step.ancestors for step in other.trace], case
         resamples += info.resamples
     assert resamples >= least_resamples
+
+
+def assert_every_option_acted(outputs: dict[str, RequestOutput]) -> None:
+    """A case whose option never came into play would show nothing."""
+    infos = {name: info_of(output) for name, output in outputs.items()}
+    assert infos["early ends"].rounds > 3  # 12 tokens, up to 4 a round
+    for name in ("stratified", "residual", "half the weights"):
+        assert infos[name].resamples > 0, name
+    for name in ("sometimes lossless", "all at once"):
+        # a lossless round leaves the weights as they are and gives everybody one ancestor
+        lossless = [not step.resampled and len(set(step.ancestors)) == 1 for step in infos[name].trace]
+        assert any(lossless), name
+        assert not all(lossless), name
+    assert all(len(set(step.ancestors)) == 1 for step in infos["always lossless"].trace)
+    assert infos["falls back"].fell_back
