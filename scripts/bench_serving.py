@@ -33,7 +33,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -220,7 +220,7 @@ def one_request(
 
 
 @contextmanager
-def serve(engine: str, threads: int) -> Iterator[Served]:
+def serve(engine: str, threads: int, environment: Mapping[str, str] | None = None) -> Iterator[Served]:
     """smc-serve on free ports."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "state.json"
@@ -229,7 +229,10 @@ def serve(engine: str, threads: int) -> Iterator[Served]:
         log = Path(folder) / "log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                command, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
+                command,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, **(environment or {}), "OMP_NUM_THREADS": str(threads)},
             )
             try:
                 while not path.exists():
