@@ -45,4 +45,7 @@ def test_page_shows_live_requests(service: Service, tmp_path: Path) -> None:
     assert page.count('class="particle"') >= 4
     assert re.search(r"ESS \d+\.\d\d of 4", page)
     assert "KV pages in use" in page
+    assert "tokens per second" in page
+    assert re.search(r"\d+ resamples in \d+ rounds", page)
+    assert re.search(r"\d+ of at most 450 tokens settled", page)
     service.idle()
