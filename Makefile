@@ -9,7 +9,8 @@
 #   PIP_FLAGS=...         further options of pip install, such as --extra-index-url or --find-links
 #   PROMPT="..."          what the demo asks
 #   TESTS="tests/build"   what to test, and with which options of pytest
-#   WORKERS=0             test in that many processes at once; 0 in this one
+#   WORKERS=0             test in that many processes at once; 0 in this one. Three keep two cores busy: the tests of
+#                         servers and of ranks mostly wait
 #   SOAK="--seconds 60"   how long to soak; --engine DIR soaks that one instead of a tiny random one
 
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -23,7 +24,7 @@ DRAFT := .models/smollm2-draft
 SHIPPED := $(wildcard models/smollm2-draft/*)
 ENGINE := engines/smollm2-tp1
 BUILD := --particles 16 --draft-tokens 8 --max-seq-len 2048
-WORKERS ?= 2
+WORKERS ?= 3
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 RUN := --n 8 --k 4 --temperature 0.7 --seed 2 --max-tokens 120
 CHECKED := build smc_plugin engines triton_repo scripts tests

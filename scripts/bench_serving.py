@@ -2,9 +2,9 @@
 
     python scripts/bench_serving.py --engine engines/smollm2-tp1 [--quick] [--output docs/benchmarks/serving.json]
 
-The same wave of requests (one seed each, so the same tokens) runs on the same engine directory through an executor in this
-process and through smc-serve over gRPC. Waves come in pairs, whose order turns every time, and every comparison is a ratio
-or a difference within one pair, so that a machine with other work disturbs both sides alike.
+The same wave of requests (one seed each, so the same tokens) runs on the same engine directory through an executor in a
+process of its own and through smc-serve over gRPC. Waves come in pairs, whose order turns every time, and every comparison
+is a ratio or a difference within one pair, so that a machine with other work disturbs both sides alike.
 
     outside_ms of a request = its total as its caller sees it - its total_ms inside the executor (queue to last token)
     added_ms of a pair = median outside_ms over gRPC - median outside_ms alone; 2.4 ms means that client, server, adapter and
@@ -12,6 +12,8 @@ or a difference within one pair, so that a machine with other work disturbs both
     steady = from the moment the last stream has its first piece until the first stream ends: every stream runs
     throughput_overhead of a pair = 1 - served / alone, of tokens a second while steady; wave_overhead is the same from
         the first submission to the last piece, where served requests also come one by one instead of all at once
+    decode_overhead of a pair = the same inside the executor: median time from first to last token, served / alone - 1. What a
+        client sees is more where server and clients have not the processor to keep up with the pieces
     executor_cpu_overhead of a pair = processor time a token of the served executor / that of the executor alone - 1, while
         steady: what the messages cost the process that computes, whatever else the machine does
     rest_cpu_ms_per_request, client_cpu_ms_per_request = processor time of tritonserver and its adapters, and of the clients
@@ -25,6 +27,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -33,9 +36,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -90,18 +94,23 @@ class Wave:
         return sum(piece.tokens for piece in self.pieces)
 
     def steady(self) -> tuple[float, float]:
-        """Seconds and processor seconds of the executor for a token while every stream runs."""
-        ordered = sorted(self.pieces, key=lambda piece: piece.at_s)
-        firsts, lasts = {}, {}
-        for index, piece in enumerate(ordered):
-            firsts.setdefault(piece.request, index)
-            lasts[piece.request] = index
-        start, end = max(firsts.values()), min(lasts.values())
-        if end <= start:
+        """Seconds and processor seconds of the executor for a token while every stream runs.
+
+        The rate is the sum of the streams' own: pieces of one step come together or one by one, so that a window over all
+        of them would cut its first and last step now here, now there.
+        """
+        streams: dict[int, list[Piece]] = {}
+        for piece in sorted(self.pieces, key=lambda piece: piece.at_s):
+            streams.setdefault(piece.request, []).append(piece)
+        start = max(pieces[0].at_s for pieces in streams.values())
+        end = min(pieces[-1].at_s for pieces in streams.values())
+        windows = [[piece for piece in pieces if start <= piece.at_s <= end] for pieces in streams.values()]
+        if min(map(len, windows)) < 2:
             raise SystemExit("the streams did not run side by side, expected them to: raise --max-tokens, or lower --n")
-        tokens = sum(piece.tokens for piece in ordered[start + 1 : end + 1])
-        first, last = ordered[start], ordered[end]
-        return (last.at_s - first.at_s) / tokens, (last.cpu_s - first.cpu_s) / tokens
+        rate = sum(sum(p.tokens for p in pieces[1:]) / (pieces[-1].at_s - pieces[0].at_s) for pieces in windows)
+        inside = [piece for pieces in windows for piece in pieces]
+        first, last = min(inside, key=lambda piece: piece.at_s), max(inside, key=lambda piece: piece.at_s)
+        return 1 / rate, (last.cpu_s - first.cpu_s) / (last.at_s - first.at_s) / rate
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,7 @@ class Served:
             end = ends[row["tag"]]
             row["outside_first_ms"] = row["first_ms"] - end["first_token_ms"]
             row["outside_ms"] = row["total_ms"] - end["total_ms"]
+            row["decode_ms"] = end["total_ms"] - end["first_token_ms"]
 
 
 def pin(pid: int, last: bool) -> None:
@@ -155,12 +165,49 @@ def cpu_s(pid: int) -> float:
     return time.clock_gettime((~pid << 3) | 2)
 
 
+class Alone:
+    """The executor without a server, in a process of its own: in this one what the measurement keeps would slow it."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=run_alone, args=(theirs, options))
+        self._process.start()
+        theirs.close()
+        self.facts: dict[str, Any] = self._pipe.recv()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    def wave(self, streams: int) -> Wave:
+        """All requests at once."""
+        self._pipe.send(streams)
+        return self._pipe.recv()
+
+    def __enter__(self) -> Alone:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pipe.close()  # it reads to the end of the pipe
+        self._process.join()
+
+
+def run_alone(pipe: Connection, options: argparse.Namespace) -> None:
+    """In that process: say what the engine is, then run waves."""
+    import torch  # noqa: PLC0415 (only here: the measuring process computes nothing)
+
+    torch.set_num_threads(options.threads)
+    executor = Executor.from_engine_dir(options.engine)
+    engine = executor.engine
+    pipe.send({"max_groups": engine.max_groups, "device": str(engine.device), "torch": torch.__version__})
+    with suppress(EOFError):
+        while True:
+            pipe.send(wave_alone(executor, options, pipe.recv()))
+
+
 def wave_alone(executor: Executor, options: argparse.Namespace, streams: int) -> Wave:
     """All requests at once through the executor in this process."""
     wave, starts = Wave(), {}
     rows: dict[str, dict[str, Any]] = {}
-    if options.own_core:
-        pin(os.getpid(), last=True)
     started = time.perf_counter()
     for number in range(streams):
         starts[f"r{number}"] = time.perf_counter()
@@ -175,11 +222,10 @@ def wave_alone(executor: Executor, options: argparse.Namespace, streams: int) ->
             if output.info is not None:
                 row["outside_first_ms"] = row["first_ms"] - output.info.first_token_ms
                 row["outside_ms"] = elapsed_ms - output.info.total_ms
+                row["decode_ms"] = output.info.total_ms - output.info.first_token_ms
         # one piece a step, as serving sends them: a request's first step has its first token and its first round
         wave.pieces += [Piece(int(request_id[1:]), tokens, now, cpu) for request_id, tokens in new.items()]
     wave.seconds = time.perf_counter() - started
-    if options.own_core:
-        pin(os.getpid(), last=False)
     wave.requests = list(rows.values())
     return wave
 
@@ -220,7 +266,7 @@ def one_request(
 
 
 @contextmanager
-def serve(engine: str, threads: int) -> Iterator[Served]:
+def serve(engine: str, threads: int, environment: Mapping[str, str] | None = None) -> Iterator[Served]:
     """smc-serve on free ports."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "state.json"
@@ -229,7 +275,10 @@ def serve(engine: str, threads: int) -> Iterator[Served]:
         log = Path(folder) / "log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                command, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
+                command,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, **(environment or {}), "OMP_NUM_THREADS": str(threads)},
             )
             try:
                 while not path.exists():
@@ -244,12 +293,12 @@ def serve(engine: str, threads: int) -> Iterator[Served]:
                 process.wait()
 
 
-def measure(options: argparse.Namespace, executor: Executor, served: Served, streams: int) -> dict[str, Any]:
+def measure(options: argparse.Namespace, alone: Alone, served: Served, streams: int) -> dict[str, Any]:
     """Pairs of waves with a number of streams."""
     pairs: list[tuple[Wave, Wave]] = []
     with ExitStack() as stack:
         clients = [stack.enter_context(TritonClient(served.address)) for _ in range(streams)]
-        sides = [lambda: wave_alone(executor, options, streams), lambda: wave_served(served, options, clients)]
+        sides = [lambda: alone.wave(streams), lambda: wave_served(served, options, clients)]
         for side in sides:
             side()  # warm
         for number in range(options.repeats):
@@ -261,25 +310,28 @@ def measure(options: argparse.Namespace, executor: Executor, served: Served, str
                 )
             pairs.append((waves[0], waves[1]))
             print(f"  {streams} streams, pair {number + 1} of {options.repeats}", file=sys.stderr)
-    alone, over = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    bare, over = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     served.take_off([row for wave in over for row in wave.requests])
     steady = [(a.steady(), b.steady()) for a, b in pairs]
 
+    def middle(name: str) -> list[list[float]]:
+        return [[statistics.median(row[name] for row in wave.requests) for wave in pair] for pair in pairs]
+
     def added(name: str) -> dict[str, float]:
-        middle = [[statistics.median(row[name] for row in wave.requests) for wave in pair] for pair in pairs]
-        return spread([served - alone for alone, served in middle])
+        return spread([after - before for before, after in middle(name)])
 
     return {
         "executor_tokens_per_s": spread([1 / a[0] for a, _ in steady]),
         "served_tokens_per_s": spread([1 / b[0] for _, b in steady]),
         "throughput_overhead": spread([1 - a[0] / b[0] for a, b in steady]),
         "wave_overhead": spread([1 - a.seconds / b.seconds for a, b in pairs]),
+        "decode_overhead": spread([after / before - 1 for before, after in middle("decode_ms")]),
         "executor_cpu_overhead": spread([b[1] / a[1] - 1 for a, b in steady]),
         "executor_cpu_us_per_token": spread([1e6 * b[1] for _, b in steady]),
         "pieces_per_request": statistics.mean(len(wave.pieces) / streams for wave in over),
         "rest_cpu_ms_per_request": spread([1e3 * wave.rest_cpu_s / streams for wave in over]),
         "client_cpu_ms_per_request": spread([1e3 * wave.client_cpu_s / streams for wave in over]),
-        "executor_first_ms": spread([row["first_ms"] for wave in alone for row in wave.requests]),
+        "executor_first_ms": spread([row["first_ms"] for wave in bare for row in wave.requests]),
         "served_first_ms": spread([row["first_ms"] for wave in over for row in wave.requests]),
         "added_first_ms": added("outside_first_ms"),
         "added_ms": added("outside_ms"),
@@ -302,25 +354,20 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.repeats, options.max_tokens = 1, 8
-    import torch  # noqa: PLC0415 (after the options, which may only print help)
-
-    torch.set_num_threads(options.threads)
-    executor = Executor.from_engine_dir(options.engine)
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
     load = os.getloadavg()[0]
-    with serve(options.engine, options.threads) as served:
+    with Alone(options) as alone, serve(options.engine, options.threads) as served:
         if options.own_core:
-            for pid in (os.getpid(), served.executor, *served.rest):
-                pin(pid, last=pid == served.executor)
-        result = {f"{count} streams": measure(options, executor, served, count) for count in options.streams}
+            for pid in (os.getpid(), alone.pid, served.executor, *served.rest):
+                pin(pid, last=pid in (alone.pid, served.executor))
+        result = {f"{count} streams": measure(options, alone, served, count) for count in options.streams}
     report = {
         "engine": Path(options.engine).name,
-        "max_groups": executor.engine.max_groups,
-        "device": str(executor.engine.device),
+        **alone.facts,
         "cpus": os.cpu_count(),
         "load_average_before": load,
         "niceness": os.nice(0),
         "python": platform.python_version(),
-        "torch": torch.__version__,
         **{name: getattr(options, name) for name in ("repeats", "max_tokens", "n", "k", "threads", "own_core")},
         "result": result,
     }

@@ -6,7 +6,6 @@
 import os
 from pathlib import Path
 
-# Every other one is run in a process of its own: the longest are in different halves.
 INTERPRETED_FILES = (
     *("test_kernels_sampling.py", "test_kernels_weights.py", "test_kernels_pages.py", "test_kernels_attention.py"),
     *("test_kernels_executor.py", "test_kernels_shards.py", "test_kernels_matmul.py", "test_kernels_embedding.py"),

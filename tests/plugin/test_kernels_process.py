@@ -4,27 +4,30 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import pytest
 
 from tests.plugin.conftest import INTERPRETED_FILES
 
 FOLDER = Path(__file__).parent
+EXECUTOR = "test_kernels_executor.py"
+# Parts of like length, for tests that run in several processes at once.
+PARTS = {
+    "deferred rounds": (EXECUTOR, "-k", "deferred"),
+    "other rounds": (EXECUTOR, "-k", "not deferred"),
+    "kernels": tuple(name for name in INTERPRETED_FILES if name != EXECUTOR),
+}
 
 
-def run_files(names: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+@pytest.mark.parametrize("part", PARTS)
+def test_under_the_interpreter(part: str) -> None:
+    result = run(PARTS[part])
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    assert "skipped" not in result.stdout
+
+
+def run(arguments: Sequence[str]) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
-    files = [str(FOLDER / name) for name in names]
-    return subprocess.run(
-        [*command, *files], env=environment, cwd=FOLDER.parents[1], capture_output=True, text=True, check=False
-    )
-
-
-def test_kernels_under_the_interpreter() -> None:
-    """In two processes at once: it is by far the longest test."""
-    halves = INTERPRETED_FILES[::2], INTERPRETED_FILES[1::2]
-    with ThreadPoolExecutor(2) as pool:
-        for result in pool.map(run_files, halves):
-            assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-            assert "skipped" not in result.stdout
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *arguments]
+    return subprocess.run(command, env=environment, cwd=FOLDER, capture_output=True, text=True, check=False)

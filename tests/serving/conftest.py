@@ -42,7 +42,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # its watchdog keeps a core busy: it must end before other tests go on
 def service(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service that nobody breaks; it must end with exit status 0 and leave nothing."""
     running = Service(engine, tmp_path_factory.mktemp("service"), "--show-text")

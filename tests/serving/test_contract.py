@@ -189,6 +189,15 @@ def test_deadline_ends_a_request(service: Service) -> None:
     values = {"text_input": "a", "max_tokens": 480, "end_id": -1}
     with pytest.raises(ServingError, match="deadline passed"):
         list(service.stream("ensemble", values, parameters={"smc_timeout_ms": 150}))
+    arrived: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    with grpcclient.InferenceServerClient(service.grpc) as client:
+        client.start_stream(callback=lambda result, error: arrived.put((result, error)))
+        client.async_stream_infer(
+            "ensemble", make_inputs("ensemble", values), timeout=150_000
+        )  # the protocol's own, in µs
+        _, error = arrived.get(timeout=30)
+        client.stop_stream()
+    assert "deadline passed, expected an end within 150 ms" in str(error)
     service.idle()
 
 

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,13 +78,16 @@ def test_metrics_follow_the_work(service: Service) -> None:
     )
     assert 0 < metrics()[free] <= metrics()[most]
     kinds = {re.split("[{]", name)[0] for name in before}
-    expected = {
-        "nv_trt_llm_request_metrics",
-        "nv_trt_llm_inflight_batcher_metrics",
-        "smc_ess_mean",
-        "smc_tokens_per_second",
-    }
-    assert expected <= kinds
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    table = page.partition("| family | labels |")[2].partition("\n\n")[0]
+    families = set(re.findall(r"`((?:nv|smc)_\w+)`", table))
+    assert len(families) == 17
+    histograms = {name for name in families if name.startswith("nv_llm")}
+    parts = {name + part for name in histograms for part in ("_bucket", "_sum", "_count")}
+    assert (families - histograms) | parts <= kinds
+    for kind, row in re.findall(r"`(\w+_(?:type|metric))` = ([\w, ]+)", table):
+        for value in row.strip().split(", "):
+            assert any(f'{kind}="{value}"' in name for name in before), (kind, value)
 
 
 @pytest.fixture(scope="module")

@@ -14,27 +14,40 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tritonclient.grpc as grpcclient
 
-from smc_engines.serving.triton_client import ServingError
+from smc_engines.serving.triton_client import ServingError, make_inputs
 from tests.serving.service import STREAMING, Service, text
 
 
 @pytest.fixture(scope="module")
 def narrow(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service that runs one request at a time and lets two wait."""
-    running = Service(engine, tmp_path_factory.mktemp("narrow"), "--max-groups", "1", "--max-queue", "2")
+    """A service that runs one request at a time and lets three wait."""
+    running = Service(engine, tmp_path_factory.mktemp("narrow"), "--max-groups", "1", "--max-queue", "3")
     yield running
     assert running.stop() == 0
 
 
-def in_thread(service: Service, values: dict[str, Any], request_id: str, done: list[str]) -> threading.Thread:
+def in_thread(
+    service: Service, values: dict[str, Any], request_id: str, done: list[str], model: str = "smc", **parameters: int
+) -> threading.Thread:
     def run() -> None:
-        list(service.stream("smc", values, request_id=request_id))
+        list(service.stream(model, values, request_id=request_id, parameters=parameters))
         done.append(request_id)
 
     thread = threading.Thread(target=run)
     thread.start()
     return thread
+
+
+def over_http(service: Service, values: dict[str, Any]) -> socket.socket:
+    """A connection that has sent a request to generate_stream and reads nothing."""
+    body = json.dumps(values)
+    connection = socket.create_connection(("127.0.0.1", service.state["http"]))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    head = f"POST /v2/models/smc/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall((head + body).encode())
+    return connection
 
 
 def test_queue_refuses_at_once_and_priorities_go_first(narrow: Service) -> None:
@@ -46,13 +59,37 @@ def test_queue_refuses_at_once_and_priorities_go_first(narrow: Service) -> None:
         values = {**STREAMING, "max_tokens": 2, "priority": priority}
         waiting.append(in_thread(narrow, values, f"priority {priority}", done))
         narrow.wait(lambda: narrow.status()["waiting"] == len(waiting), 20, "it waits")
-    with pytest.raises(ServingError, match="the queue is full, 2 requests wait and at most 2 may") as caught:
+    values = {"text_input": "a", "max_tokens": 2}
+    waiting.append(in_thread(narrow, values, "priority -2", done, "ensemble", smc_priority=-2))
+    narrow.wait(lambda: narrow.status()["waiting"] == 3, 20, "it waits")
+    with pytest.raises(ServingError, match="the queue is full, 3 requests wait and at most 3 may") as caught:
         list(narrow.stream("smc", {"text_input": "a", "max_tokens": 1}))
     assert caught.value.status == "UNAVAILABLE"
     assert done == []
     for thread in (running, *waiting):
         thread.join(60)
-    assert done == ["long", "priority -1", "priority 0"]
+    assert done == ["long", "priority -2", "priority -1", "priority 0"]
+    narrow.idle()
+
+
+def test_what_waits_can_be_overdue_or_given_up(narrow: Service) -> None:
+    """Neither waits for its turn, and both leave their place in the queue."""
+    done: list[str] = []
+    values = {**STREAMING, "max_tokens": 480, "num_particles": 8, "num_draft_tokens": 1}
+    longer = [in_thread(narrow, values, f"long {number}", done) for number in range(2)]
+    narrow.wait(lambda: narrow.status()["waiting"] == 1, 20, "one runs, one waits")
+    with grpcclient.InferenceServerClient(narrow.grpc) as client:
+        client.start_stream(callback=lambda result, error: None)
+        client.async_stream_infer("smc", make_inputs("smc", {**STREAMING, "max_tokens": 2}))
+        narrow.wait(lambda: narrow.status()["waiting"] == 2, 20, "it waits")
+        client.stop_stream(cancel_requests=True)
+    narrow.wait(lambda: narrow.status()["waiting"] < 2, 20, "it left")
+    with pytest.raises(ServingError, match="deadline passed, expected an end within 100 ms, got 0 tokens") as caught:
+        list(narrow.stream("smc", {**STREAMING, "max_tokens": 2, "timeout_ms": 100, "priority": 1}))
+    assert caught.value.status == "DEADLINE_EXCEEDED"
+    assert len(done) < 2  # neither was its turn
+    for thread in longer:
+        thread.join(60)
     narrow.idle()
 
 
@@ -73,13 +110,7 @@ def test_slow_reader_holds_up_nobody(service: Service) -> None:
 def test_reader_that_never_reads_holds_up_nobody(service: Service) -> None:
     """A stalled HTTP client: its pieces pile up in the server, everybody else is served, and hanging up cancels it."""
     before = service.status()["cancelled"]
-    body = json.dumps({**STREAMING, "max_tokens": 480})
-    head = f"POST /v2/models/smc/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-    stalled = []
-    for _ in range(4):
-        stalled.append(socket.create_connection(("127.0.0.1", service.state["http"])))
-        stalled[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-        stalled[-1].sendall((head + body).encode())
+    stalled = [over_http(service, {**STREAMING, "max_tokens": 480}) for _ in range(4)]
     service.wait(lambda: service.status()["running"] == 4, 20, "they run")
     for _ in range(3):
         assert len(list(service.stream("smc", {"text_input": "quick", "max_tokens": 8}))) == 1

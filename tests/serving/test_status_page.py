@@ -19,15 +19,21 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 def test_page_shows_live_requests(service: Service, tmp_path: Path) -> None:
     stop = threading.Event()
 
-    def keep_busy() -> None:
-        values = {"text_input": "hello", "max_tokens": 450, "stream": True, "num_particles": 4, "ignore_eos": True}
+    def keep_busy(max_tokens: int) -> None:
+        values = {
+            "text_input": "hello",
+            "max_tokens": max_tokens,
+            "stream": True,
+            "num_particles": 4,
+            "ignore_eos": True,
+        }
         while not stop.is_set():
             for _ in service.stream("smc", values, request_id="seen-on-the-page"):
                 if stop.is_set():
                     break
 
-    # several, so that the page is never looked at in the pause between two requests
-    workers = [threading.Thread(target=keep_busy) for _ in range(3)]
+    # several of unlike lengths, so that the page is never looked at in a pause that all of them make
+    workers = [threading.Thread(target=keep_busy, args=(length,)) for length in (450, 390, 330)]
     for worker in workers:
         worker.start()
     try:
@@ -45,4 +51,7 @@ def test_page_shows_live_requests(service: Service, tmp_path: Path) -> None:
     assert page.count('class="particle"') >= 4
     assert re.search(r"ESS \d+\.\d\d of 4", page)
     assert "KV pages in use" in page
+    assert "tokens per second" in page
+    assert re.search(r"\d+ resamples in \d+ rounds", page)
+    assert re.search(r"\d+ of at most (450|390|330) tokens settled", page)
     service.idle()
