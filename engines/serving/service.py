@@ -146,7 +146,7 @@ class ExecutorService:
                 if handler is None:
                     raise protocol.ProtocolError(f"unknown operation {message['op']!r}: use one release on both sides")
                 handler(identity, message)
-            except (protocol.ProtocolError, KeyError) as error:
+            except Exception as error:  # one message that nobody thought of must not end the others' service
                 self._log.error("bad_message", client=self._clients[identity].model, error=repr(error))
 
     def _on_hello(self, identity: bytes, message: dict[str, Any]) -> None:
@@ -161,6 +161,8 @@ class ExecutorService:
             if self._drain_until is not None:
                 raise QueueFullError("the service is shutting down, expected it to stay: try again on another instance")
             params, prompt = self._read(message)
+            timeout_ms = message.get("timeout_ms")
+            deadline = None if timeout_ms is None else time.monotonic() + timeout_ms / 1e3
             self._executor.submit(request_id, prompt, params, message.get("priority", 0))
         except Exception as error:
             text = str(error)
@@ -177,8 +179,6 @@ class ExecutorService:
             self._log.info("refused", id=request_id, tag=message.get("tag"), code=code, error=kind)
             self._send_error(identity, request_id, code, text)
             return
-        timeout_ms = message.get("timeout_ms")
-        deadline = None if timeout_ms is None else time.monotonic() + timeout_ms / 1e3
         self._served[request_id] = _Served(identity, message.get("tag", ""), params, deadline, timeout_ms)
         self._tally.counts["requests"] += 1
         self._log.info("accepted", id=request_id, tag=message.get("tag"), model=self._clients[identity].model)
