@@ -69,7 +69,10 @@ def fuzz(name: str, cases: int, seed: int) -> dict[str, Any]:
         found.mkdir()
         flags = [f"-runs={cases}", f"-seed={seed}", f"-timeout={HANG_S}", f"-rss_limit_mb={MEMORY_MB}", "-max_len=256"]
         flags += [f"-artifact_prefix={found}/", "-len_control=20"]
-        began, child = time.monotonic(), [sys.executable, __file__, "--one", name, "--outcomes", str(folder / "outcomes")]
+        began, child = (
+            time.monotonic(),
+            [sys.executable, __file__, "--one", name, "--outcomes", str(folder / "outcomes")],
+        )
         done = subprocess.run([*child, "--", *flags], capture_output=True, text=True, check=False)
         inputs = [path.read_bytes() for path in found.iterdir()]
         counts = folder / "outcomes"
@@ -103,7 +106,10 @@ def main() -> int:
         row = result[name] = fuzz(name, -(-options.cases * SHARES[name] // whole), options.seed)
         found = row.get("finding")
         depth = f"{row['accepted']:>8} accepted, refused at {row['places']:>3} places"
-        print(f"{name:<16}{row['cases']:>8} cases {row['seconds']:>8} s {depth}  {'FINDING' if found else 'none'}", flush=True)
+        print(
+            f"{name:<16}{row['cases']:>8} cases {row['seconds']:>8} s {depth}  {'FINDING' if found else 'none'}",
+            flush=True,
+        )
         if found:
             print(found["said"], found["input"])
     findings = sum("finding" in row for row in result.values())

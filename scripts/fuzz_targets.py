@@ -149,21 +149,25 @@ def mutate(value: Any, choices: Choices) -> Any:
     for _ in range(choices.pick(6)):
         places = list(_places(value))
         if not places:
-            return ODD[choices.pick(len(ODD))]
+            return _odd(choices)
         holder, key = places[choices.pick(len(places))]
         action = choices.pick(6)
         if action == 0:
             del holder[key]
         elif action == 1 and isinstance(holder, dict):
-            holder[("new", "", "../x", "__class__", str(key) + " ")[choices.pick(5)]] = ODD[choices.pick(len(ODD))]
+            holder[("new", "", "../x", "__class__", str(key) + " ")[choices.pick(5)]] = _odd(choices)
         elif action == 2:
             other, name = places[choices.pick(len(places))]
             holder[key] = copy.deepcopy(other[name])
         elif action == 3 and isinstance(holder[key], (int, float)) and not isinstance(holder[key], bool):
             holder[key] = holder[key] * (1, -1, 2, 0, 1000003)[choices.pick(5)] + choices.pick(3) - 1
         else:
-            holder[key] = copy.deepcopy(ODD[choices.pick(len(ODD))])
+            holder[key] = _odd(choices)
     return value
+
+
+def _odd(choices: Choices) -> Any:
+    return copy.deepcopy(ODD[choices.pick(len(ODD))])  # a later change must not change it
 
 
 def _places(value: Any) -> Any:
@@ -199,7 +203,11 @@ def _other_tensors(header: dict[str, Any], choices: Choices) -> bytes:
         dtype = entry.get("dtype") if isinstance(entry, dict) else None
         shape = entry.get("shape") if isinstance(entry, dict) else None
         width = {"F32": 4, "BF16": 2, "F64": 8, "BOOL": 1, "I32": 4, "F8_E4M3": 1}.get(str(dtype))
-        if width is None or not isinstance(shape, list) or not all(type(dim) is int and 0 <= dim < 5000 for dim in shape):
+        if (
+            width is None
+            or not isinstance(shape, list)
+            or not all(type(dim) is int and 0 <= dim < 5000 for dim in shape)
+        ):
             continue
         nbytes = width * math.prod(shape)
         if nbytes < 2**22:

@@ -86,6 +86,7 @@ class ExecutorService:
         self._last_report = (time.monotonic(), 0)
         self._tokens_per_second = 0.0
         self._probe_tokens = 0
+        self._turns = 0
         self._drain_until: float | None = None
 
     def drain(self) -> None:
@@ -121,6 +122,7 @@ class ExecutorService:
             self._answer_probes()
             self._flush()  # what only observes comes after the answers are on their way
             self._note_ends()
+        self._turns += 1
         if time.monotonic() >= self._next_report:
             self._report()
         self._flush()
@@ -266,6 +268,7 @@ class ExecutorService:
             **live_view.summary(self._executor),
             **self._tally.counts,
             "tokens": self._answer_tokens,
+            "turns": self._turns,
             "ess_mean": self._tally.ess_mean,
             "tokens_per_second": self._tokens_per_second,
             "started": self._started,
