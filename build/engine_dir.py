@@ -185,7 +185,7 @@ def _check(name: str, value: object, good: bool, expected: str) -> None:
 
 
 def _check_model(role: str, entry: ModelEntry, tp: int) -> None:
-    _check(f"{role} tp", entry.tp, _is_whole(entry.tp, 1, tp) and entry.tp in (1, tp), f"1 or {tp}, the engine's")
+    _check(f"{role} tp", entry.tp, _is_whole(entry.tp, 1, tp) and entry.tp in (1, tp), f"1 or the engine's {tp}")
     for name, value in (("source", entry.source), ("source_sha256", entry.source_sha256)):
         _check(f"{role} {name}", value, isinstance(value, str), "text")
     for name, value in vars(entry.precision).items():

@@ -17,7 +17,7 @@ import struct
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -217,29 +217,29 @@ def _other_tensors(header: dict[str, Any], choices: Choices) -> bytes:
     return struct.pack("<Q", len(text)) + text + bytes(size)
 
 
-class UnexpectedAnswerError(Exception):
-    """The service answered a request with an internal error."""
+class NotAtRestError(Exception):
+    """The executor service did not come to rest."""
 
 
 class Targets:
     """All targets over one tiny checkpoint and one tiny engine directory, in a folder of their own."""
 
     def __init__(self, folder: Path) -> None:
-        self._checkpoint, self._engine = folder / "target", folder / "engine"
+        self._checkpoint, self.engine = folder / "target", folder / "engine"
         self._checkpoint.mkdir()
         write_tiny_target(self._checkpoint)
         build_engine(
             BuildOptions(
-                str(self._checkpoint), output=self._engine, draft="none", particles=2, groups=1, dtype="float32"
+                str(self._checkpoint), output=self.engine, draft="none", particles=2, groups=1, dtype="float32"
             )
         )
         self._config = json.loads((self._checkpoint / "config.json").read_text())
         self._tokenizer = json.loads((self._checkpoint / "tokenizer.json").read_text())
-        self._manifest = json.loads((self._engine / "manifest.json").read_text())
+        self._manifest = json.loads((self.engine / "manifest.json").read_text())
         self._weights = (self._checkpoint / "model.safetensors").read_bytes()
-        self._shard_path = self._engine / "target" / "weights" / "rank0.safetensors"
+        self._shard_path = self.engine / "target" / "weights" / "rank0.safetensors"
         self._shard = self._shard_path.read_bytes()
-        self.sound = Engine.from_dir(self._engine, ExecutorConfig(device="cpu", num_pages=40, verify=False))
+        self.sound = Engine.from_dir(self.engine, ExecutorConfig(device="cpu", num_pages=40, verify=False))
         self._executor = Executor(self.sound)
         self._wire = zmq.Context()
         self._bound, self._adapter = self._wire.socket(zmq.ROUTER), self._wire.socket(zmq.DEALER)
@@ -301,13 +301,13 @@ class Targets:
 
     def engine_weights(self, data: bytes) -> None:
         """The same for a shard of an engine directory, whose manifest has the damaged file's size."""
-        manifest = self._engine / "manifest.json"
+        manifest = self.engine / "manifest.json"
 
         def read() -> None:
             listed = copy.deepcopy(self._manifest)
             listed["files"]["target/weights/rank0.safetensors"]["bytes"] = self._shard_path.stat().st_size
             manifest.write_text(_dump(listed))
-            load_weights(self._engine, "target")
+            load_weights(self.engine, "target")
 
         try:
             self._damaged(data, self._shard, self._shard_path, read)
@@ -336,12 +336,12 @@ class Targets:
     def manifest(self, data: bytes) -> None:
         """manifest.json of an engine directory, as far as a loaded engine."""
         choices = Choices(data)
-        path = self._engine / "manifest.json"
+        path = self.engine / "manifest.json"
         path.write_text(_dump(mutate(self._manifest, choices)))
         try:
             with self._judged():
-                load_manifest(self._engine, verify=bool(choices.pick(2)))
-                Engine.from_dir(self._engine, ExecutorConfig(device="cpu", num_pages=20, verify=False))
+                load_manifest(self.engine, verify=bool(choices.pick(2)))
+                Engine.from_dir(self.engine, ExecutorConfig(device="cpu", num_pages=20, verify=False))
         finally:
             path.write_text(_dump(self._manifest))
 
@@ -420,16 +420,21 @@ class Targets:
 
     def service(self, data: bytes) -> None:
         """Well-formed messages with odd contents, to a real executor service, which must go on and lose no page."""
-        choices, service = Choices(data), ExecutorService(self._executor, self._bound)
-        self._adapter.send(protocol.encode("hello", model="smc", pid=1))
+        choices, messages = Choices(data), []
         for _ in range(1 + choices.pick(3)):
             sound = MESSAGES[choices.pick(len(MESSAGES))]
             changed = mutate(sound, choices)
-            changed = changed if isinstance(changed, dict) else sound
-            self._adapter.send(_dump({**changed, "v": protocol.VERSION, "op": sound["op"]}).encode())
+            messages.append({**(changed if isinstance(changed, dict) else sound), "op": sound["op"]})
+        self.exchange(messages, turns=1 + choices.pick(4))
+
+    def exchange(self, messages: Iterable[dict[str, Any]], turns: int) -> None:
+        """Send messages to a new service, let it work for some turns, cancel what is left and see that nothing is."""
+        service = ExecutorService(self._executor, self._bound)
+        for message in ({"op": "hello", "model": "smc", "pid": 1}, *messages):
+            self._adapter.send(_dump({**message, "v": protocol.VERSION}).encode())
         with contextlib.redirect_stderr(io.StringIO()):
             service.turn()
-            for _ in range(choices.pick(4)):
+            for _ in range(turns - 1):
                 if self._executor.has_work:
                     service.turn()
             for request_id in list(self._executor.scheduler.requests):
@@ -438,7 +443,7 @@ class Targets:
                 service.turn()
         self._executor.check_integrity()
         if self._executor.stats.pages_promised:
-            raise UnexpectedAnswerError("a request that is gone holds pages")
+            raise NotAtRestError("a request that is gone holds pages")
         self._read_answers()
 
     def _read_answers(self) -> None:

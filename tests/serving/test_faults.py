@@ -127,7 +127,7 @@ def test_a_slow_step_is_no_reason_to_restart_the_server(service: Service) -> Non
 
 
 def test_a_stopped_stub_is_noticed_while_steps_are_slow(service: Service) -> None:
-    """Load 17 made steps so slow that no probe saw four reports of the executor, and the clients of a stopped stub waited on."""
+    """Load 17 made steps so slow that no probe saw four reports of the executor: a stopped stub was never noticed."""
     service.wait(service.works, BACK_S, "it works before")
     state = service.state
     executor = state["processes"]["executor"]
