@@ -103,6 +103,9 @@ class Manifest:
         for name in ("plans", "tactics", "versions"):
             _check(name, getattr(self, name), isinstance(getattr(self, name), dict), "an object")
         _check("dtype", self.dtype, self.dtype in SAFETENSORS_NAMES, f"one of {', '.join(SAFETENSORS_NAMES)}")
+        for role, model in (("target", self.target), ("draft", self.draft)):
+            if model is not None:
+                _check_model(role, model, self.tp)
         for name, entry in self.files.items():
             _check(
                 f"files {name!r}",
@@ -179,6 +182,15 @@ def _is_whole(value: object, low: int, high: int) -> bool:
 def _check(name: str, value: object, good: bool, expected: str) -> None:
     if not good:
         raise EngineDirError(f"{MANIFEST_FILE}: {name} is {value!r:.60}, expected {expected}: {_REBUILD}")
+
+
+def _check_model(role: str, entry: ModelEntry, tp: int) -> None:
+    _check(f"{role} tp", entry.tp, _is_whole(entry.tp, 1, tp) and entry.tp in (1, tp), f"1 or the engine's {tp}")
+    for name, value in (("source", entry.source), ("source_sha256", entry.source_sha256)):
+        _check(f"{role} {name}", value, isinstance(value, str), "text")
+    for name, value in vars(entry.precision).items():
+        known = isinstance(value, str) and value in SAFETENSORS_NAMES
+        _check(f"{role} precision {name}", value, known, f"one of {', '.join(SAFETENSORS_NAMES)}")
 
 
 def _model_entry(values: dict[str, Any]) -> ModelEntry:

@@ -23,7 +23,7 @@ _ROPE_TYPES = ("default", "llama3")
 # transformers' Qwen3 uses this head size when config.json leaves it out; the other families divide hidden_size.
 _QWEN3_HEAD_DIM = 128
 # No size or constant of a decoder comes near these; beyond them arithmetic on sizes would be about nothing.
-MAX_SIZE, MAX_REAL = 2**31 - 1, 1e12
+MAX_SIZE, MAX_LAYERS, MAX_REAL = 2**31 - 1, 4096, 1e12  # each layer's tensors are listed before a file is read
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,10 @@ class ModelConfig:
                 raise CheckpointError(
                     f"model config: {name} is {value!r:.40}, expected a positive integer: correct config.json"
                 )
+        if self.num_layers > MAX_LAYERS:
+            raise CheckpointError(
+                f"model config: num_layers is {self.num_layers}, expected at most {MAX_LAYERS}: correct config.json"
+            )
         numbers = [self.rms_eps, self.rope.theta]
         if self.rope.scaling is not None:
             numbers += dataclasses.astuple(self.rope.scaling)

@@ -26,7 +26,7 @@ class ControlLine:
         self._report: dict[str, Any] = {}
         self._detailed: dict[str, Any] = {}
         self._heard_at = time.monotonic()
-        self._reports: deque[float] = deque(maxlen=MAX_REPORTS)
+        self._turns: deque[tuple[float, int]] = deque(maxlen=MAX_REPORTS)
         self._answers = {False: 0, True: 0}
         self._client = ExecutorClient(address, MODEL, self._on_message, self._on_disconnect)
 
@@ -40,10 +40,14 @@ class ControlLine:
         """Seconds since the executor last said something; 0 while there is none."""
         return time.monotonic() - self._heard_at if self._client.connected else 0.0
 
-    def reports_since(self, moment: float) -> int:
-        """How many reports came since a moment of the monotonic clock, counted up to MAX_REPORTS."""
+    def turns_since(self, moment: float) -> int:
+        """Turns that the executor has surely begun and ended since a moment of the monotonic clock.
+
+        They are counted from the first report after it, so that none of them began earlier.
+        """
         with self._changed:
-            return sum(heard > moment for heard in self._reports)
+            turns = [turn for heard, turn in self._turns if heard > moment]
+            return turns[-1] - turns[0] if turns else 0
 
     @property
     def report(self) -> dict[str, Any]:
@@ -77,7 +81,8 @@ class ControlLine:
         with self._changed:
             self._heard_at = time.monotonic()
             if message["op"] == "stats":
-                self._reports.append(self._heard_at)
+                if not self._turns or self._turns[-1][1] != message["turns"]:  # several may be asked for in one turn
+                    self._turns.append((self._heard_at, message["turns"]))
                 detail = "live" in message
                 if detail:
                     self._detailed = message
@@ -90,4 +95,5 @@ class ControlLine:
         with self._changed:
             self._heard_at = time.monotonic()
             self._report = {}
+            self._turns.clear()
             self._changed.notify_all()

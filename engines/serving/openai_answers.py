@@ -9,11 +9,87 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel
 
 from smc_engines.serving.openai_schema import CompletionRequest
 
 _FINISH = {"stop": "stop", "length": "length"}
+
+
+class Usage(BaseModel):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Whole(BaseModel):
+    """What both endpoints answer to a request that is not streamed, for /openapi.json."""
+
+    id: str
+    created: int
+    model: str
+    usage: Usage
+
+
+class Choice(BaseModel):
+    """One answer of several; smc has the figures above."""
+
+    index: int
+    finish_reason: Literal["stop", "length"] | None
+    logprobs: dict[str, Any] | None
+    smc: dict[str, Any]
+
+
+class TextChoice(Choice):
+    """A choice of /v1/completions."""
+
+    text: str
+
+
+class WholeCompletion(Whole):
+    """Answer of /v1/completions."""
+
+    object: Literal["text_completion"]
+    choices: list[TextChoice]
+
+
+class AnswerMessage(BaseModel):
+    """What the model says."""
+
+    role: Literal["assistant"]
+    content: str
+
+
+class ChatChoice(Choice):
+    """A choice of /v1/chat/completions."""
+
+    message: AnswerMessage
+
+
+class WholeChat(Whole):
+    """Answer of /v1/chat/completions."""
+
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong: message, kind, and the parameter at fault."""
+
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """Body of every answer that is not 200."""
+
+    error: ErrorDetail
 
 
 @dataclass

@@ -23,9 +23,19 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 from tritonclient.utils import InferenceServerException
 
-from smc_engines.serving.openai_answers import Answer, Format, chat_format, completion_format
+from smc_engines.serving.openai_answers import (
+    Answer,
+    ErrorAnswer,
+    Format,
+    WholeChat,
+    WholeCompletion,
+    chat_format,
+    completion_format,
+)
 from smc_engines.serving.openai_guard import LimitBody, RequireKey, read_keys
 from smc_engines.serving.openai_schema import ChatRequest, CompletionRequest, FrontError
 from smc_engines.serving.triton_client import ERROR_OUTPUTS, ServingError, make_inputs, to_arrays, to_error
@@ -42,6 +52,16 @@ _STATUS = {
     "UNAVAILABLE": 503,
     "DEADLINE_EXCEEDED": 504,
 }
+# What /openapi.json says of errors; naming 4XX also keeps FastAPI from promising a 422 of its own.
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorAnswer, "description": "the request is refused"},
+    "5XX": {"model": ErrorAnswer, "description": "the service cannot answer now"},
+}
+
+
+def _answers(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """What an endpoint answers: an object, or server-sent events."""
+    return {200: {"model": whole, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
 def create_app(grpc_address: str, model_name: str, keys: Sequence[bytes] = ()) -> FastAPI:
@@ -61,13 +81,20 @@ def create_app(grpc_address: str, model_name: str, keys: Sequence[bytes] = ()) -
         yield
         await clients["grpc"].close()
 
-    app = FastAPI(title="smc-serve", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="smc-serve", lifespan=lifespan, docs_url=None, redoc_url=None, responses=_ERRORS)
     app.add_middleware(LimitBody)
     app.add_middleware(RequireKey, keys=keys)  # the last one added comes first
 
     @app.exception_handler(FrontError)
     async def refused(_request: Request, error: FrontError) -> JSONResponse:
         return JSONResponse(_error_body(error), error.status)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(_request: Request, error: HTTPException) -> JSONResponse:
+        message = (
+            f"the address cannot be served ({error.detail}), expected one of /openapi.json: correct path or method"
+        )
+        return JSONResponse(_error_body(FrontError(message, error.status_code)), error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
@@ -98,11 +125,11 @@ def create_app(grpc_address: str, model_name: str, keys: Sequence[bytes] = ()) -
         if name != model_name:
             raise FrontError(f"model {name!r} is not served, expected {model_name!r}: change it", 404, "model")
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=_answers(WholeCompletion))
     async def completions(body: CompletionRequest, request: Request) -> Any:
         return await answer(body, request, completion_format(body))
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=_answers(WholeChat))
     async def chat(body: ChatRequest, request: Request) -> Any:
         return await answer(body, request, chat_format())
 

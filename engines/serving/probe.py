@@ -25,9 +25,11 @@ _INPUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def probe(grpc_address: str, model: str, timeout_s: float) -> str | None:
+def probe(grpc_address: str, model: str, timeout_s: float, more_s: Callable[[], float] = lambda: 0.0) -> str | None:
     """Probe one model.
 
+    Args:
+        more_s: see TritonClient.stream.
     Returns:
         None if it works, else what is wrong.
     """
@@ -35,7 +37,7 @@ def probe(grpc_address: str, model: str, timeout_s: float) -> str | None:
     try:
         with TritonClient(grpc_address) as client:
             # to its end: the server (2.51) loses a file descriptor to one in twenty clients that cancel and hang up at once
-            if list(client.stream(model, values, parameters={"smc_probe": True}, timeout_s=timeout_s)):
+            if list(client.stream(model, values, parameters={"smc_probe": True}, timeout_s=timeout_s, more_s=more_s)):
                 return None
     except ServingError as error:
         return f"{error.status}: {error}"
@@ -67,14 +69,14 @@ class Prober:
     """Runs probes in turn, for ever, in a thread of its own.
 
     Args:
-        probes: by name, each called with timeout_s and giving what is wrong, or None.
+        probes: by name, each called with timeout_s and when it began, and giving what is wrong, or None.
         interval_s: pause between two rounds of probes; timeout_s: how long a probe may take.
         on_result: called with (name, what is wrong or None, when the probe began on the monotonic clock).
     """
 
     def __init__(
         self,
-        probes: Mapping[str, Callable[[float], str | None]],
+        probes: Mapping[str, Callable[[float, float], str | None]],
         interval_s: float,
         timeout_s: float,
         on_result: Callable[[str, str | None, float], None],
@@ -97,4 +99,4 @@ class Prober:
                 if self._closing.is_set():
                     return
                 started = time.monotonic()
-                self._on_result(name, run(self._timeout_s), started)
+                self._on_result(name, run(self._timeout_s, started), started)

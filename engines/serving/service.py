@@ -86,6 +86,7 @@ class ExecutorService:
         self._last_report = (time.monotonic(), 0)
         self._tokens_per_second = 0.0
         self._probe_tokens = 0
+        self._turns = 0
         self._drain_until: float | None = None
 
     def drain(self) -> None:
@@ -121,6 +122,7 @@ class ExecutorService:
             self._answer_probes()
             self._flush()  # what only observes comes after the answers are on their way
             self._note_ends()
+        self._turns += 1
         if time.monotonic() >= self._next_report:
             self._report()
         self._flush()
@@ -146,7 +148,7 @@ class ExecutorService:
                 if handler is None:
                     raise protocol.ProtocolError(f"unknown operation {message['op']!r}: use one release on both sides")
                 handler(identity, message)
-            except (protocol.ProtocolError, KeyError) as error:
+            except Exception as error:  # one message that nobody thought of must not end the others' service
                 self._log.error("bad_message", client=self._clients[identity].model, error=repr(error))
 
     def _on_hello(self, identity: bytes, message: dict[str, Any]) -> None:
@@ -161,6 +163,8 @@ class ExecutorService:
             if self._drain_until is not None:
                 raise QueueFullError("the service is shutting down, expected it to stay: try again on another instance")
             params, prompt = self._read(message)
+            timeout_ms = message.get("timeout_ms")
+            deadline = None if timeout_ms is None else time.monotonic() + timeout_ms / 1e3
             self._executor.submit(request_id, prompt, params, message.get("priority", 0))
         except Exception as error:
             text = str(error)
@@ -177,8 +181,6 @@ class ExecutorService:
             self._log.info("refused", id=request_id, tag=message.get("tag"), code=code, error=kind)
             self._send_error(identity, request_id, code, text)
             return
-        timeout_ms = message.get("timeout_ms")
-        deadline = None if timeout_ms is None else time.monotonic() + timeout_ms / 1e3
         self._served[request_id] = _Served(identity, message.get("tag", ""), params, deadline, timeout_ms)
         self._tally.counts["requests"] += 1
         self._log.info("accepted", id=request_id, tag=message.get("tag"), model=self._clients[identity].model)
@@ -266,6 +268,7 @@ class ExecutorService:
             **live_view.summary(self._executor),
             **self._tally.counts,
             "tokens": self._answer_tokens,
+            "turns": self._turns,
             "ess_mean": self._tally.ess_mean,
             "tokens_per_second": self._tokens_per_second,
             "started": self._started,

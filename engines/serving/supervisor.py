@@ -48,7 +48,8 @@ CRASH_LIMIT, CRASH_WINDOW_S = 5, 60.0
 DRAIN_MARGIN_S = 15.0
 STALL_S = 5.0  # unloading one model takes a second or two where other work is going on
 SERVER_START_S = 60.0
-TURNS_OF_A_PROBE = 4  # reports of the executor within which it has surely answered a probe that reached it
+TURNS_OF_A_PROBE = 4  # turns of the executor within which it has surely answered a probe that reached it
+LATE_PROBE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,6 @@ class ServeOptions:
     verify: bool = True
     state_file: str | None = None
     log_file: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.probe_timeout_s < TURNS_OF_A_PROBE + 1:  # the executor reports once a second
-            raise ConfigError(
-                f"--probe-timeout is {self.probe_timeout_s:g} s, expected at least {TURNS_OF_A_PROBE + 1}: a shorter probe "
-                "says nothing about a busy service, so that one that hangs would never be restarted: raise it"
-            )
 
 
 def executor_command(options: ServeOptions, address: str, tp: int = 1) -> list[str]:
@@ -214,14 +208,29 @@ class Supervisor:
         )
         self._write_state()
 
-    def _probes(self) -> dict[str, Callable[[float], str | None]]:
-        probes: dict[str, Callable[[float], str | None]] = {
-            model: functools.partial(probe, self.grpc_address, model) for model in MODELS
+    def _probes(self) -> dict[str, Callable[[float, float], str | None]]:
+        def of_model(model: str, timeout_s: float, started: float) -> str | None:
+            return probe(self.grpc_address, model, timeout_s, lambda: self._late_probe_s(model, started))
+
+        def of_front(timeout_s: float, _started: float) -> str | None:
+            return probe_front(self.ports.host, self.openai_port or 0, self.options.openai_cert is not None, timeout_s)
+
+        probes: dict[str, Callable[[float, float], str | None]] = {
+            model: functools.partial(of_model, model) for model in MODELS
         }
-        if self.openai_port is not None:
-            secure = self.options.openai_cert is not None
-            probes[FRONT] = functools.partial(probe_front, self.ports.host, self.openai_port, secure)
-        return probes
+        return probes | ({FRONT: of_front} if self.openai_port is not None else {})
+
+    def _late_probe_s(self, model: str, started: float) -> float:
+        """How much longer to wait for a probe whose time is over, in seconds.
+
+        A busy executor answers after its step. Steps that outlast a probe are no fault of the server's, so the probe waits
+        until the executor has taken turns enough to answer it. That ends: an executor that takes none has hang_timeout_s.
+        """
+        if self.stopping or not self.control.connected or self.control.turns_since(started) >= TURNS_OF_A_PROBE:
+            return 0.0
+        if time.monotonic() < started + self.options.probe_timeout_s + LATE_PROBE_S:  # say it once
+            self._log.info("probe_slow", model=model, silence_s=round(self.control.silence_s, 1))
+        return LATE_PROBE_S
 
     def watch(self) -> None:
         """Look after everything until `stopping` is set.
@@ -256,11 +265,6 @@ class Supervisor:
                 continue
             if wrong is None or started < self._settled_at:  # a probe says nothing about what was restarted since
                 self._failures[model] = 0
-                continue
-            # A busy executor answers after its step. Steps that outlast a probe are no fault of the server's, and an executor
-            # that says nothing at all has its own limit, hang_timeout_s.
-            if part is self.server and self.control.reports_since(started) < TURNS_OF_A_PROBE:
-                self._log.info("probe_slow", model=model, silence_s=round(self.control.silence_s, 1))
                 continue
             self._failures[model] = self._failures.get(model, 0) + 1
             self._log.error("probe_failed", model=model, reason=wrong, times=self._failures[model])

@@ -11,7 +11,7 @@ through the server. A stopped iteration cancels its request by ending that strea
 from __future__ import annotations
 
 import queue
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -178,6 +178,7 @@ class TritonClient:
         parameters: Mapping[str, Any] | None = None,
         outputs: Sequence[str] = (),
         timeout_s: float | None = None,
+        more_s: Callable[[], float] = lambda: 0.0,
     ) -> Generator[dict[str, np.ndarray], None, None]:
         """Run one request.
 
@@ -186,6 +187,7 @@ class TritonClient:
             parameters: request parameters, for example {"smc_timeout_ms": 5000}.
             outputs: names of those to get, which makes responses cheaper; empty is all.
             timeout_s: how long to wait for each response; None waits for ever.
+            more_s: asked when that time is over: how many seconds more to wait; 0 gives up.
         Yields:
             the responses' tensors, in order. Leaving the iteration cancels the request.
         Raises:
@@ -204,7 +206,7 @@ class TritonClient:
                 enable_empty_final_response=True,
                 parameters={**ERROR_OUTPUTS, **(parameters or {})},
             )
-            yield from _responses(arrived, timeout_s)
+            yield from _responses(arrived, timeout_s, more_s)
             ended = True
         except InferenceServerException as error:
             # A stream that broke while it was opened reports why through the callback.
@@ -219,14 +221,11 @@ class TritonClient:
                 client.stop_stream()
 
 
-def _responses(arrived: _Arrived, timeout_s: float | None) -> Iterator[dict[str, np.ndarray]]:
+def _responses(
+    arrived: _Arrived, timeout_s: float | None, more_s: Callable[[], float]
+) -> Iterator[dict[str, np.ndarray]]:
     while True:
-        try:
-            result, error = arrived.get(timeout=timeout_s)
-        except queue.Empty:
-            raise ServingError(
-                f"no response came, expected one within {timeout_s} s: check the server", "DEADLINE_EXCEEDED"
-            ) from None
+        result, error = _next(arrived, timeout_s, more_s)
         if error is not None:
             raise to_error(error)
         arrays = to_arrays(result)
@@ -234,3 +233,18 @@ def _responses(arrived: _Arrived, timeout_s: float | None) -> Iterator[dict[str,
             yield arrays
         if is_final(result):
             return
+
+
+def _next(
+    arrived: _Arrived, timeout_s: float | None, more_s: Callable[[], float]
+) -> tuple[Any, InferenceServerException | None]:
+    wait_s = timeout_s
+    while True:
+        try:
+            return arrived.get(timeout=wait_s)
+        except queue.Empty:
+            wait_s = more_s()
+        if wait_s <= 0:
+            raise ServingError(
+                f"no response came, expected one within {timeout_s} s: check the server", "DEADLINE_EXCEEDED"
+            )
