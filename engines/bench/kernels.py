@@ -25,6 +25,7 @@ from smc_engines.bench.trace import Event
 # First match wins. cuBLAS's names on Hopper begin with nvjet or sm90_xmma, TensorRT's with __myl or contain gemm.
 _KIND_PATTERNS = (
     ("page copy", r"^_copy_kernel"),
+    ("whole pass", r"^whole_pass_kernel"),
     ("collective", r"nccl|one_shot|all_reduce|symm_mem"),
     (
         "bookkeeping",
@@ -45,7 +46,7 @@ _LAYER_PRODUCTS = ("o", "gate_up", "down", "qkv")
 _LAST_PRODUCTS = ("o", "gate_up", "down", "head")
 
 GROUPS = (
-    *("draft products", "draft head", "draft attention", "draft other"),
+    *("draft whole passes", "draft products", "draft head", "draft attention", "draft other"),
     *("target products", "target head", "target attention", "target other"),
     *("products", "head", "attention"),
     *("sampling", "bookkeeping", "page copy", "collective", "other"),
@@ -87,7 +88,7 @@ class Shapes:
         """Bytes of weights that a group of products reads in one round; None for other groups."""
         model, _, what = group.partition(" ")
         config = self.draft if model == "draft" else self.target
-        if config is None or model not in ("draft", "target") or what not in ("products", "head"):
+        if config is None or model not in ("draft", "target") or what not in ("whole passes", "products", "head"):
             return None
         passes = self.draft_passes if model == "draft" else 1
         places = ("head",) if what == "head" else _LAYER_PRODUCTS
@@ -127,7 +128,7 @@ def label_round(events: Sequence[Event], shapes: Shapes) -> list[Label]:
     for model, begin, end in passes:
         own = [call for call in calls if begin <= call < end]
         layers = shapes.target.num_layers if model == "target" else shapes.draft.num_layers if shapes.draft else 0
-        places = _places(events, kinds, own, begin, end) if len(own) == layers else {}
+        places = _places(events, kinds, own, begin, end) if len(own) == layers else _heads(kinds, begin, end)
         for index in range(begin, end):
             place = places.get(index, "")
             kind = "head" if place == "head" else kinds[index]
@@ -135,10 +136,17 @@ def label_round(events: Sequence[Event], shapes: Shapes) -> list[Label]:
     return labels
 
 
+def _heads(kinds: Sequence[str], begin: int, end: int) -> dict[int, str]:
+    """Places of the products beside passes in one launch: of all that a model multiplies, only the head is left to them."""
+    if "whole pass" not in kinds[begin:end]:
+        return {}
+    return {index: "head" for index in range(begin, end) if kinds[index] == "product"}
+
+
 def _group(model: str, kind: str) -> str:
     if kind in ("sampling", "bookkeeping", "page copy"):
         return kind
-    what = "other"
+    what = "whole passes" if kind == "whole pass" else "other"
     if kind in _PRODUCT_KINDS:
         what = "head" if kind == "head" else "products"
     elif kind in _ATTENTION_KINDS:
