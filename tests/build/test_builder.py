@@ -186,7 +186,7 @@ def test_a_broken_draft_is_refused_before_the_target_is_written(
 
 
 def test_too_little_disk_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    edit_config(folder / "t", num_hidden_layers=20_000, hidden_size=4096, intermediate_size=4096)
+    edit_config(folder / "t", num_hidden_layers=4_000, hidden_size=8192, intermediate_size=8192)
     message = refused(capsys, "--checkpoint", "t", "--draft", "d", "--random-weights")
     assert "TB of disk" in message
 
