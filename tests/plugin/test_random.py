@@ -85,9 +85,8 @@ def test_no_two_draws_of_a_request_share_a_name(toy: Toy, monkeypatch: pytest.Mo
     real_uniform, real_exponential = random.uniform, random.exponential
 
     def note(seed, step, lane, purpose) -> None:
-        names.extend(
-            zip(*(torch.broadcast_tensors(seed, step, lane, purpose)[i].tolist() for i in range(4)), strict=True)
-        )
+        parts = torch.broadcast_tensors(seed, step, lane, purpose)
+        names.extend(zip(*(part.flatten().tolist() for part in parts), strict=True))
 
     def uniform(*name):
         note(*name)
