@@ -28,6 +28,7 @@ from smc_engines.serving.process import command_line, group_members
 from smc_engines.serving.triton_client import ServingError, TritonClient
 
 START_S = 600
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
 
 def tiny_engine(folder: Path) -> Path:
@@ -35,6 +36,7 @@ def tiny_engine(folder: Path) -> Path:
     for name, seed in (("target", 0), ("draft", 1)):
         (folder / name).mkdir(parents=True)
         write_tiny_target(folder / name, seed)
+        (folder / name / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     options = BuildOptions(
         str(folder / "target"),
         draft=str(folder / "draft"),

@@ -91,9 +91,7 @@ def create_app(grpc_address: str, model_name: str, keys: Sequence[bytes] = ()) -
 
     @app.exception_handler(HTTPException)
     async def unknown(_request: Request, error: HTTPException) -> JSONResponse:
-        message = (
-            f"the address cannot be served ({error.detail}), expected one of /openapi.json: correct path or method"
-        )
+        message = f"the request cannot be served ({error.detail}), expected one of /openapi.json: correct path, method or body"
         return JSONResponse(_error_body(FrontError(message, error.status_code)), error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
@@ -102,9 +100,9 @@ def create_app(grpc_address: str, model_name: str, keys: Sequence[bytes] = ()) -
         if first["type"] == "json_invalid":
             reason = first.get("ctx", {}).get("error", "unreadable")
             return JSONResponse(_error_body(FrontError(f"the body must be JSON, got {reason}: correct it")), 400)
-        name = ".".join(str(part) for part in first["loc"] if part != "body")
+        name, reason = _blame(error.errors())
         given = repr(first.get("input"))[:80]
-        message = f"{name or 'the body'} is invalid, {first['msg'].lower()}, got {given}: correct it or leave it out"
+        message = f"{name or 'the body'} is invalid, {reason}, got {given}: correct it or leave it out"
         return JSONResponse(_error_body(FrontError(message, 400, name)), 400)
 
     @app.get("/health")
@@ -149,6 +147,20 @@ def create_app(grpc_address: str, model_name: str, keys: Sequence[bytes] = ()) -
         return StreamingResponse(events, media_type="text/event-stream")
 
     return app
+
+
+_WHOLE = "function-before[_whole(), int]"  # pydantic's name of openai_schema.Whole
+
+
+def _blame(errors: Sequence[Any]) -> tuple[str, str]:
+    """The first parameter at fault and why; pydantic reports each type of a union by itself: prompt.str, prompt.list[str].0."""
+    places = [[str(part).replace(_WHOLE, "int") for part in error["loc"] if part != "body"] for error in errors]
+    is_type = [part in ("str", "bool", "int", "float") or part.startswith("list[") for part in places[0]]
+    if True not in is_type:
+        return ".".join(places[0]), errors[0]["msg"].lower()
+    path = places[0][: is_type.index(True)]
+    types = dict.fromkeys(place[len(path)] for place in places if place[: len(path)] == path)
+    return ".".join(path), f"expected one of {', '.join(types)}"
 
 
 def _error_body(error: FrontError) -> dict[str, Any]:

@@ -11,11 +11,18 @@ and refused otherwise: a request never gets less than it asked for in silence. T
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 DEFAULT_COMPLETION_TOKENS = 16
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]  # JSON knows one kind of number: 8.0 is as whole as 8
 
 
 class FrontError(Exception):
@@ -34,21 +41,21 @@ class FrontError(Exception):
 class StreamOptions(BaseModel):
     """Options of a stream."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
     include_usage: bool = False
 
 
 class _Request(BaseModel):
-    """What both endpoints share."""
+    """What both endpoints share. Types are strict, as the schema says them: false is no number, "4" neither."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: Whole | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
-    n: int = Field(1, ge=1, le=64)
-    seed: int | None = None
+    n: Whole = Field(1, ge=1, le=64)
+    seed: Whole | None = None
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -63,8 +70,8 @@ class _Request(BaseModel):
     logit_bias: dict[str, float] | None = None
     # the project's own
     mode: Literal["smc", "target", "speculative"] | None = None
-    num_particles: int | None = None
-    num_draft_tokens: int | None = None
+    num_particles: Whole | None = None
+    num_draft_tokens: Whole | None = None
     ess_threshold: float | None = None
     truncate_rounds: bool | None = None
     resampling: Literal["systematic", "stratified", "residual"] | None = None
@@ -74,13 +81,13 @@ class _Request(BaseModel):
     draft_temperature: float | None = None
     power_alpha: float | None = None
     select: Literal["sample", "argmax"] | None = None
-    top_k: int | None = None
+    top_k: Whole | None = None
     min_p: float | None = None
-    min_tokens: int | None = None
+    min_tokens: Whole | None = None
     ignore_eos: bool | None = None
     cache_prompt: bool | None = None
-    priority: int | None = None
-    timeout_ms: int | None = None
+    priority: Whole | None = None
+    timeout_ms: Whole | None = None
 
     def check(self) -> None:
         """Refuse what is not served.
@@ -145,10 +152,10 @@ _PASSED = (
 class CompletionRequest(_Request):
     """Body of /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str] | list[Whole] | list[list[Whole]]
     echo: bool = False
-    logprobs: int | None = None
-    best_of: int | None = None
+    logprobs: Whole | None = None
+    best_of: Whole | None = None
     suffix: str | None = None
 
     def neutral(self) -> dict[str, tuple[Any, ...]]:
@@ -198,9 +205,9 @@ class ChatRequest(_Request):
     """Body of /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: Whole | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Whole | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None

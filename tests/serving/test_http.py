@@ -66,6 +66,8 @@ def test_metrics_follow_the_work(service: Service) -> None:
     labels = 'model="smc",response_metric_type="total_output_tokens",version="1"'
     tokens, short = f"nv_llm_output_token_len_sum{{{labels}}}", "nv_llm_output_token_len_bucket"
     at_most_10, all_of_them = (f'{short}{{le="{bound}",{labels}}}' for bound in ("10", "+Inf"))
+    # figures follow the answer, a message each
+    service.wait(lambda: metrics()[at_most_10] > before[at_most_10], 10, "its tokens are counted")
     after = metrics()
     assert after[tokens] == before[tokens] + 7
     assert after[at_most_10] == before[at_most_10] + 1
