@@ -24,6 +24,7 @@ KINDS = (
     {},
     {"num_particles": 8, "ess_threshold": 1.0},
     {"num_particles": 1},
+    {"adapt_draft_tokens": 0.9, "num_draft_tokens": 3, "max_tokens": 16, "ignore_eos": True},
     {"num_draft_tokens": 5, "power_alpha": 2.0, "num_particles": 3},
     {"num_draft_tokens": 0},
     {"mode": "target", "temperature": 0.7},

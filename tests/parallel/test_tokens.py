@@ -19,6 +19,7 @@ PARAMS: list[dict[str, Any]] = [
     {**SHARED, "temperature": 0.8, "ess_threshold": 1.0, "power_alpha": 1.5, "stop": ["zq"]},
     {**SHARED, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "min_tokens": 4, "stop_token_ids": [65, 255]},
     {**SHARED, "truncate_rounds": True, "resampling": "residual", "resample_power": 0.5},
+    {**SHARED, "adapt_draft_tokens": 0.9, "max_tokens": 24},
     {**SHARED, "temperature": 0},
     {**SHARED, "mode": "target", "top_p": 0.7},
     {**SHARED, "mode": "speculative", "power_alpha": 1.3},
