@@ -118,6 +118,7 @@ def assert_every_option_acted(outputs: dict[str, RequestOutput]) -> None:
     """A case whose option never came into play would show nothing."""
     infos = {name: info_of(output) for name, output in outputs.items()}
     assert infos["early ends"].rounds > 3  # 12 tokens, up to 4 a round
+    assert infos["adapts K"].rounds > 4  # 16 tokens, 4 a round if all were alike
     for name in ("stratified", "residual", "half the weights"):
         assert infos[name].resamples > 0, name
     for name in ("sometimes lossless", "all at once"):
