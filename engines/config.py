@@ -26,7 +26,7 @@ class ExecutorConfig:
     Args:
         device: `auto` (cuda where there is one, else cpu), `cpu` or `cuda`.
         max_groups: requests decoded together, the others wait; None takes the engine directory's.
-        max_queue: requests that may wait; one more is refused at once.
+        max_queue: requests that may wait for others to end; one more is refused at once.
         prefill_chunk: prompt tokens processed between two rounds.
         num_pages: KV pages of the pool; None sizes it from kv_memory_fraction.
         kv_memory_fraction: share of the free memory that both models' KV pages may take, in (0, 1].

@@ -19,7 +19,7 @@ class Scheduler:
 
     Args:
         max_groups: slots.
-        max_queue: waiting requests at most.
+        max_queue: requests at most that wait for another to end; those that come to free slots are not counted.
     """
 
     def __init__(self, max_groups: int, max_queue: int) -> None:
@@ -49,9 +49,10 @@ class Scheduler:
         """
         if request.request_id in self.requests:
             raise RequestError(f"request id {request.request_id!r} is in use, expected a new one: choose another")
-        if len(self._waiting) >= self._max_queue and not again:
+        held_up = len(self._waiting) - len(self._free_slots)
+        if held_up >= self._max_queue and not again:
             raise QueueFullError(
-                f"the queue is full, {len(self._waiting)} requests wait and at most {self._max_queue} may: try again later"
+                f"the queue is full, {held_up} requests wait and at most {self._max_queue} may: try again later"
             )
         self.requests[request.request_id] = request
         heapq.heappush(self._waiting, (request.priority, request.arrival, request))

@@ -26,7 +26,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
-from itertools import product
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -48,23 +47,23 @@ from smc_plugin.errors import SmcError
 
 PAIR = Path(__file__).resolve().parent.parent / "models" / "task-pair"
 TASK, PROBLEM_SEED, SEEDS = "chain", 1, (0, 1)
-MAX_PARTICLES, MAX_DRAFT_TOKENS, MAX_SEQ_LEN = 32, 16, 192  # prompts have up to 28 tokens, answers up to 158
+MAX_PARTICLES, MAX_DRAFT_TOKENS, MAX_SEQ_LEN = 64, 16, 192  # prompts have up to 28 tokens, answers up to 158
 TURN = 125  # problems that a setting is given at once
 PARTS = 4  # files that the answers come in
 LOOK_S = 20
 
 TEMPERATURES = "--temperature 1.0,0.7"
-BASES = ("num_particles=16,num_draft_tokens=16", "num_particles=32,num_draft_tokens=16")
+BASE = "num_particles=16,num_draft_tokens=16"
 OPTIONS = (
     *("truncate_rounds=true", "truncate_rounds=true,ess_threshold=0.25"),
     *("resampling=stratified", "resampling=residual", "resample_power=0.5", "resample_power=0.75"),
     *("ess_threshold=0.25", "ess_threshold=0.75", "ess_threshold=1.0"),
     *("exact_below=0.1", "exact_below=0.2", "exact_below=0.5", "exact_below=1.0"),
 )
+MANY = tuple(f"num_particles={n},num_draft_tokens={k}" for n in (16, 32, 64) for k in (12, 16))
 DECIDING = (
-    *("mode=target", "mode=speculative,num_draft_tokens=16", "mode=speculative,num_draft_tokens=12"),
-    *("num_particles=16,num_draft_tokens=12", "num_particles=32,num_draft_tokens=12", *BASES),
-    *(f"{BASES[1]},{option}" for option in ("truncate_rounds=true", "exact_below=0.1", "exact_below=0.2")),
+    *("mode=target", "mode=speculative,num_draft_tokens=16", "mode=speculative,num_draft_tokens=12", *MANY),
+    *(f"num_particles=32,num_draft_tokens=16,{option}" for option in ("truncate_rounds=true", "exact_below=0.2")),
 )
 SMALL_LOSSLESS = (
     "num_particles=4,num_draft_tokens=8,exact_below=1.0",
@@ -72,10 +71,10 @@ SMALL_LOSSLESS = (
 )
 # problems of a full sweep, and the settings in the words of smc-eval
 STAGES = (
-    (500, f"--n 4,8,16,32 --k 4,8,12,16 {TEMPERATURES}"),
-    (500, ("--modes=", TEMPERATURES, *(f"--also {base},{option}" for base, option in product(BASES, OPTIONS)))),
-    (500, ("--modes=", TEMPERATURES, *(f"--also {setting}" for setting in SMALL_LOSSLESS))),
-    (2000, ("--modes=", TEMPERATURES, *(f"--also {setting}" for setting in DECIDING))),
+    (250, f"--n 4,8,16,32 --k 4,8,12,16 {TEMPERATURES}"),
+    (250, ("--modes=", TEMPERATURES, *(f"--also {setting}" for setting in (*SMALL_LOSSLESS, *MANY)))),
+    (250, ("--modes=", TEMPERATURES, *(f"--also {BASE},{option}" for option in OPTIONS))),
+    (2000, ("--modes=", "--temperature 1.0", *(f"--also {setting}" for setting in DECIDING))),
 )
 
 

@@ -61,7 +61,7 @@ class ServeOptions:
         host: address that every port listens on.
         openai_port, status_port: 0 is any free port, None leaves the part out.
         openai_api_key_file: with keys that the OpenAI front asks for. openai_cert, openai_key: PEM files for its TLS.
-        max_queue: requests that may wait; one more is refused at once.
+        max_queue: requests that may wait for others to end; one more is refused at once.
         drain_s: how long running streams may go on after SIGTERM.
         start_timeout_s: from start to the first real inference. hang_timeout_s: longest silence of an executor.
         probe_interval_s, probe_timeout_s: of the watchdog.

@@ -39,13 +39,24 @@ def test_requests_start_by_priority_then_arrival(toy: Toy) -> None:
 
 def test_a_full_queue_refuses_at_once_and_queues_nothing(toy: Toy) -> None:
     executor = toy.executor(max_groups=1, max_queue=2)
-    for name in ("a", "b"):
+    executor.submit("a", toy.prompt, PARAMS)
+    executor.step()
+    for name in ("b", "c"):
         executor.submit(name, toy.prompt, PARAMS)
     with pytest.raises(QueueFullError, match="2 requests wait and at most 2 may: try again later"):
-        executor.submit("c", toy.prompt, PARAMS)
-    executor.step()
-    executor.submit("c", toy.prompt, PARAMS)  # a runs now, so there is room
+        executor.submit("d", toy.prompt, PARAMS)
     assert set(finished(drive(executor))) == {"a", "b", "c"}
+    assert_empty(executor)
+
+
+def test_a_burst_that_free_slots_will_take_is_not_refused(toy: Toy) -> None:
+    """An idle service of 16 groups used to refuse half of 16 requests that came between two steps, with a queue of 8."""
+    executor = toy.executor(max_groups=3, max_queue=1)
+    for name in ("a", "b", "c", "d"):
+        executor.submit(name, toy.prompt, PARAMS)
+    with pytest.raises(QueueFullError, match="1 requests? wait and at most 1 may"):
+        executor.submit("e", toy.prompt, PARAMS)
+    assert set(finished(drive(executor))) == {"a", "b", "c", "d"}
 
 
 def test_an_id_in_use_is_refused_and_free_again_afterwards(toy: Toy) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,13 +72,22 @@ def test_kill(service: Service, part: str) -> None:
         assert time.monotonic() - killed < ERROR_S
     service.wait(service.works, BACK_S, f"it works again after {part} was killed")
     service.wait(lambda: service.state["processes"] != state["processes"] or part == "stub", BACK_S, "a new process")
+    service.wait(lambda: front_answers(service), BACK_S, f"the front answers after {part} was killed")
     service.idle()
     shared = {path.name for path in Path("/dev/shm").glob(f"{state['shm_prefix']}*")}
     assert len(shared) <= len(tritonserver.MODELS)
 
 
+def front_answers(service: Service) -> bool:
+    """Whether the OpenAI front listens; a new process of it takes a moment."""
+    with contextlib.suppress(OSError), urllib.request.urlopen(service.url("openai", "/health"), timeout=10) as answer:
+        return answer.status == 200
+    return False
+
+
 def test_openai_stream_says_that_the_executor_died(service: Service) -> None:
     service.wait(service.works, BACK_S, "it works before")
+    service.wait(lambda: front_answers(service), BACK_S, "the front that a test before killed is back")
     client = openai.OpenAI(base_url=service.url("openai", "/v1"), api_key="none", max_retries=0, timeout=ERROR_S)
     stream = client.completions.create(
         model="tiny", prompt="hello", max_tokens=480, stream=True, extra_body={"num_particles": 1, "ignore_eos": True}
