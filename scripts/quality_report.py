@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import re
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,7 +29,7 @@ from scripts.first_errors import first_error_ratios
 from smc_engines.eval import plot
 from smc_engines.eval.report import write_json
 from smc_engines.eval.settings import Setting
-from smc_engines.eval.statistics import by_item, mark_pareto, mean_and_half_width
+from smc_engines.eval.statistics import by_item, certificate_auc, mark_pareto, mean_and_half_width
 from smc_plugin.errors import ConfigError, SmcError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -43,6 +44,8 @@ ERRORS_OF = (
     *({"mode": "smc", "num_particles": n, "num_draft_tokens": k} for n, k in ((4, 8), (16, 12), (32, 12), (64, 12))),
     {"mode": "smc", "num_particles": 32, "num_draft_tokens": 16, "exact_below": 0.2},
 )
+GIVEN_UP = 0.1  # of the answers, those of the lowest log_evidence
+FALLBACK_OF = ((8, 8), (8, 16), (16, 12), (16, 16), (32, 16), (64, 16))
 DIGITS = 5
 Records = Sequence[dict[str, Any]]
 
@@ -97,10 +100,20 @@ def collect(folder: Path) -> dict[str, Any]:
         for row in found["rows"]:
             if Setting.of(row["setting"]).temperature == temperature:
                 own = answers[Setting.of(row["setting"]).key]
-                row |= _difference("lossless", own, right) | _difference("base", own, base) | _evidence(own)
+                row |= _difference("base", own, base)
+                if not is_lossless(own[0]["setting"]):
+                    row |= _difference("lossless", own, right) | _evidence(own)
     for row in found["rows"]:  # the processes slowed each other
         del row["tokens_per_second"], row["pareto_tokens_per_second"]
     mark_pareto(found["rows"], "tokens_per_pass")
+    found["fallback"] = [
+        _fallback(answers[_key(plain, t)], answers[_key(again, t)], found["lossless"][f"{t:g}"]["accuracy"])
+        for t in (1.0, 0.7)
+        for n, k in FALLBACK_OF
+        for plain in [{"mode": "smc", "num_particles": n, "num_draft_tokens": k}]
+        for again in [{"mode": "speculative", "num_draft_tokens": k}]
+        if _key(plain, t) in answers and _key(again, t) in answers
+    ]
     with torch.inference_mode():
         found["errors"] = [_errors(answers[_key(values, 1.0)]) for values in ERRORS_OF if _key(values, 1.0) in answers]
     return _rounded(found)
@@ -128,14 +141,36 @@ def _difference(name: str, own: Records, reference: Mapping[int, float]) -> dict
 
 def _evidence(own: Records) -> dict[str, float]:
     """Mean of exp(log_evidence), which is 1, and of it times wrong, which is the share of the target's wrong answers."""
-    if is_lossless(own[0]["setting"]):
-        return {}
     evidence = [math.exp(record["log_evidence"]) for record in own]
     wrong = [z * (not record["right"]) for z, record in zip(evidence, own, strict=True)]
     found = {}
     for name, values in (("evidence", evidence), ("evidence_of_wrong", wrong)):
         found[name], found[f"{name}_half_width"] = mean_and_half_width(values)
     return found
+
+
+def _fallback(own: Records, again: Records, lossless: float) -> dict[str, Any]:
+    """What giving up the answers of the lowest log_evidence would change; those decoded again are right as often as lossless ones.
+
+    Args:
+        again: lossless answers, whose mean number of rounds one more costs.
+        lossless: share of right ones.
+    """
+    worst = sorted(own, key=lambda record: record["log_evidence"])[: round(GIVEN_UP * len(own))]
+    kept = sum(record["right"] for record in own) - sum(record["right"] for record in worst)
+    rounds = statistics.fmean(record["rounds"] for record in again)
+    passes = sum(record["rounds"] for record in own) + rounds * len(worst)
+    return {
+        "label": Setting.of(own[0]["setting"]).label,
+        "setting": own[0]["setting"],
+        "share": GIVEN_UP,
+        "threshold": worst[-1]["log_evidence"],
+        "right_before": statistics.fmean(record["right"] for record in own),
+        "right_given_up": statistics.fmean(record["right"] for record in worst),
+        "right_after": (kept + lossless * len(worst)) / len(own),
+        "tokens_per_pass": (sum(record["tokens"] for record in own) - len(own)) / passes,
+        "certificate_auc": certificate_auc(own),
+    }
 
 
 def _errors(own: Records) -> dict[str, Any]:
@@ -194,6 +229,15 @@ OPTIONS: tuple[Column, ...] = (
 )
 
 
+FALLBACK: tuple[Column, ...] = (
+    ("log_evidence of the lowest tenth", _number("threshold", 1)),
+    ("right there", _number("right_given_up", 2)),
+    ("right in all", _number("right_before", 3)),
+    ("right with the fallback", _number("right_after", 3)),
+    ("tokens a pass", _number("tokens_per_pass", 2)),
+)
+
+
 def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """Markdown."""
     return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *lines))
@@ -236,6 +280,13 @@ def tables(figures: Mapping[str, Any]) -> dict[str, str]:
     return {
         "plain": side_by_side(PLAIN, plain),
         "options": side_by_side(OPTIONS, options),
+        "fallback": table(
+            ["setting", *(head for head, _ in FALLBACK)],
+            [
+                [f"{_label(row)}, T = {row['setting']['temperature']:g}", *(cell(row) for _, cell in FALLBACK)]
+                for row in figures["fallback"]
+            ],
+        ),
         "errors": table(["temperature 1", *heads, "answers"], errors),
     }
 
