@@ -1,7 +1,7 @@
 """Adapt K: how many tokens the next rounds of a request draft, from what its past rounds made of their weights.
 
-A round that starts from equal weights and leaves the ESS e has spent ln(N/e) nats of its particles. What the last rounds spent a
-token says how many tokens the next one may draft until the ESS would fall to the wanted fraction of N:
+A round that starts from equal weights and leaves the ESS e has spent ln(N/e) nats of its particles. What the last rounds
+spent a token says how many tokens the next one may draft until the ESS would fall to the wanted fraction of N:
     N = 16; the last rounds drafted 17 tokens each and left ESS 5.3: ln(16/5.3)/17 = 0.065 nats a token
     wanted: 0.5 N, that is ln 2 = 0.69 nats a round: 10.7 tokens, so of the grid 4, 8, 12, 16 the next round has K = 8
 The round that is running now is not looked at, whether it has ended or not, so that K is the same where the host starts a
@@ -20,7 +20,7 @@ _PARTS = 4
 
 
 def draft_token_grid(most: int) -> tuple[int, ...]:
-    """The K that a request of at most `most` draft tokens may use, in quarters: a round of each is captured, so they are few."""
+    """The K that a request of at most `most` draft tokens may use: quarters, few since a round of each is captured."""
     return tuple(sorted({max(1, most * part // _PARTS) for part in range(1, _PARTS + 1)}))
 
 

@@ -82,9 +82,9 @@ class Plan:
 
     @property
     def adapts(self) -> bool:
-        """Whether the number of draft tokens follows from the past rounds (see adapt.py); a single particle's ESS says nothing."""
-        kind = self.kind
-        return self.params.adapt_draft_tokens > 0 and not kind.speculative and min(kind.num_particles, kind.num_draft_tokens) > 1
+        """Whether K follows from the past rounds (see adapt.py); a single particle's ESS says nothing."""
+        asked = self.params.adapt_draft_tokens > 0 and not self.kind.speculative
+        return asked and min(self.kind.num_particles, self.kind.num_draft_tokens) > 1
 
     @property
     def uses_draft(self) -> bool:

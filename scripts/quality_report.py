@@ -3,9 +3,9 @@
     python scripts/quality_report.py collect SWEEP_DIR     # writes docs/benchmarks/quality-sweep.json
     python scripts/quality_report.py render                # that JSON into docs/quality.md and docs/images/quality-frontier.png
 
-`collect` adds to the sweep's own report what only its answers say: differences to all lossless answers and to the plain setting,
-the evidence, and where errors come from: each answer's first wrong token, and what target and draft gave it. `render`
-replaces what stands between `<!-- NAME -->` and `<!-- end -->` in the page.
+`collect` adds to the sweep's own report what only its answers say: differences to all lossless answers and to the plain
+setting, the evidence, what a fallback would do, and where errors come from: each answer's first wrong token, and what target
+and draft gave it. `render` replaces what stands between `<!-- NAME -->` and `<!-- end -->` in the page.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from typing import Any
 
 import torch
 
-from scripts import sweep_quality
-from scripts.first_errors import first_error_ratios
-from smc_engines.eval import plot
-from smc_engines.eval.report import write_json
-from smc_engines.eval.settings import Setting
-from smc_engines.eval.statistics import by_item, certificate_auc, mark_pareto, mean_and_half_width
-from smc_plugin.errors import ConfigError, SmcError
-
 REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from scripts import sweep_quality  # noqa: E402
+from scripts.first_errors import first_error_ratios  # noqa: E402
+from smc_engines.eval import plot  # noqa: E402
+from smc_engines.eval.report import write_json  # noqa: E402
+from smc_engines.eval.settings import Setting  # noqa: E402
+from smc_engines.eval.statistics import by_item, certificate_auc, mark_pareto, mean_and_half_width  # noqa: E402
+from smc_plugin.errors import ConfigError, SmcError  # noqa: E402
+
 FIGURES = REPOSITORY / "docs" / "benchmarks" / "quality-sweep.json"
 PAGE = REPOSITORY / "docs" / "quality.md"
 DRAWING = REPOSITORY / "docs" / "images" / "quality-frontier.png"
@@ -87,9 +89,7 @@ def collect(folder: Path) -> dict[str, Any]:
     found["command"] = re.sub(r"--(output|work) \S+", r"--\1 DIR", found["command"])
     found["lossless"] = {}
     for temperature in sorted({Setting.of(row["setting"]).temperature for row in found["rows"]}):
-        together = [
-            record for own in answers.values() if is_lossless(own[0]["setting"], temperature) for record in own
-        ]
+        together = [record for own in answers.values() if is_lossless(own[0]["setting"], temperature) for record in own]
         right = by_item(together, "right")
         found["lossless"][f"{temperature:g}"] = {
             "answers": len(together),
@@ -100,9 +100,9 @@ def collect(folder: Path) -> dict[str, Any]:
         for row in found["rows"]:
             if Setting.of(row["setting"]).temperature == temperature:
                 own = answers[Setting.of(row["setting"]).key]
-                row |= _difference("base", own, base)
+                row.update(_difference("base", own, base))
                 if not is_lossless(own[0]["setting"]):
-                    row |= _difference("lossless", own, right) | _evidence(own)
+                    row.update(_difference("lossless", own, right) | _evidence(own))
     for row in found["rows"]:  # the processes slowed each other
         del row["tokens_per_second"], row["pareto_tokens_per_second"]
     mark_pareto(found["rows"], "tokens_per_pass")
@@ -150,7 +150,7 @@ def _evidence(own: Records) -> dict[str, float]:
 
 
 def _fallback(own: Records, again: Records, lossless: float) -> dict[str, Any]:
-    """What giving up the answers of the lowest log_evidence would change; those decoded again are right as often as lossless ones.
+    """What giving up the answers of the lowest log_evidence would change, if the new ones are right as often as lossless ones.
 
     Args:
         again: lossless answers, whose mean number of rounds one more costs.

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 def drafted(output: RequestOutput) -> list[int]:
     """K of every round but the last, which `max_tokens` may cut."""
     lengths = [3, *(entry.context_len for entry in info_of(output).trace)]
-    return [after - before - 1 for before, after in zip(lengths, lengths[1:-1], strict=False)]
+    return [after - before - 1 for before, after in pairwise(lengths[:-1])]
 
 
 def trace(*rounds: tuple[float, bool, int], particles: int = 16) -> list[RoundInfo]:
@@ -43,7 +44,8 @@ def test_the_rule_is_what_its_text_says() -> None:
     assert choose_draft_tokens([], 10, 0.5, 16) == 16
     assert choose_draft_tokens(one, 10, 0.5, 16) == 8
     assert choose_draft_tokens(one, 10, 0.3, 16) == 16
-    assert choose_draft_tokens(one, 10, 0.99, 16) == 4
+    assert choose_draft_tokens(one, 10, 1.0, 16) == 4
+    assert choose_draft_tokens(trace((16.0, False, 27)), 10, 1.0, 16) == 16
     # 16 tokens more at no cost of their own: the weights of the first round are still there, not spent once more
     assert choose_draft_tokens(trace((5.3, False, 27), (5.3, True, 44)), 10, 0.5, 16) == 16
     assert choose_draft_tokens(trace((5.3, True, 27), (5.3, True, 44)), 10, 0.5, 16) == 8
@@ -115,6 +117,6 @@ def test_it_has_no_effect_where_there_is_nothing_to_adapt(letters: Toy) -> None:
         assert same(ours, theirs)
 
 
-def test_a_fraction_of_one_is_refused() -> None:
+def test_a_fraction_above_one_is_refused() -> None:
     with pytest.raises(RequestError, match="adapt_draft_tokens must be in"):
-        SamplingParams(adapt_draft_tokens=1.0)
+        SamplingParams(adapt_draft_tokens=1.01)

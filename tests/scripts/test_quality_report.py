@@ -70,4 +70,3 @@ def test_a_small_sweep_is_collected(tmp_path: Path) -> None:
     (target, smc) = figures["errors"]
     assert (target["label"], smc["label"]) == ("target T=1", "smc N=4 K=8 T=1")
     assert sum(target["wrong_per_hundred"]) >= 25
-
