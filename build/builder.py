@@ -3,7 +3,7 @@
 Nothing is written beside the output until every check has passed. The directory is assembled in
 `.<output name>.building-<host>-<pid>` and renamed at the end, its manifest being the last file: a killed build leaves
 at most such a hidden folder, which the next build of the same output removes. Example:
-build_engine(BuildOptions("llama-70b", random_weights=True)) writes engines/llama-70b-tp1/.
+build_engine(BuildOptions("llama-70b", random_weights=True)) writes engines/llama-70b-tp1/: plans, and a seed for the weights.
 """
 
 import hashlib
@@ -29,6 +29,7 @@ from smc_build.engine_dir import (
     Manifest,
     ModelEntry,
     Role,
+    make_weights,
     weight_file,
     write_manifest,
 )
@@ -38,11 +39,11 @@ from smc_build.plans import build_plans, plan_file, plan_table
 from smc_build.presets import ModelSource, fetch
 from smc_build.quantize import Calibration, quantize
 from smc_build.shard_file import FileEntry, hash_file, open_shard
-from smc_build.sharding import bind_head, shard, shards
+from smc_build.sharding import bind_head, shard
 from smc_build.tensorrt_api import find
 from smc_build.tokenizer_files import check_fits_vocabulary, check_same_tokenizer, copy_tokenizer
 from smc_build.trtllm_checkpoint import TrtllmCheckpoint
-from smc_build.weights import random_weights, weight_bytes, weight_shapes
+from smc_build.weights import weight_bytes, weight_shapes
 from smc_plugin.errors import CheckpointError, ConfigError
 
 __all__ = ["BuildOptions", "Progress", "Quiet", "WeightSource", "build_engine", "random_engine"]
@@ -140,16 +141,15 @@ def random_engine(options: BuildOptions) -> tuple[Manifest, WeightSource]:
     Args:
         options: what would be built; random_weights is implied.
     Returns:
-        the manifest, which names no files, and a function that makes a rank's canonical weights of a model on a device.
-        They are cut from the tensors of one rank, one at a time, so the answers do not depend on the number of ranks.
+        the manifest, which names no files, and a function that makes a rank's canonical weights of a model on a device,
+        as `load_weights` does for an engine directory.
     """
     plan = make_plan(replace(options, random_weights=True))
     entries = {role: _entry(plan, role, model, _source_hash(model, plan.options, role)) for role, model in plan.roles}
 
     def weights(role: Role, device: torch.device, rank: int) -> dict[str, torch.Tensor]:
         entry = entries[role]
-        whole = random_weights(entry.config, entry.precision, _seed(plan.options, role), device)
-        return bind_head(dict(shards(whole, entry.config, entry.tp, rank)), entry.rank_config, rank)
+        return bind_head(make_weights(entry, rank, device), entry.rank_config, rank)
 
     return _manifest(plan, entries["target"], entries.get("draft"), {}), weights
 
@@ -236,29 +236,32 @@ def _write_engine(plan: BuildPlan, checkpoints: dict[Role, OpenCheckpoint], fold
 def _write_model(
     plan: BuildPlan, role: Role, model: ModelSource, checkpoint: OpenCheckpoint | None, folder: Path, progress: Progress
 ) -> dict[str, FileEntry]:
-    precision, ranks = plan.precisions[role], plan.ranks(role)
-    own = plan.rank_configs[role]
-    names = [weight_file(role, rank) for rank in range(ranks)]
-    (folder / names[0]).parent.mkdir(parents=True)
     config_file = folder / role / "config.json"
+    config_file.parent.mkdir()
     config_file.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
     plans = _write_plans(plan, role, model, folder, progress)
-    if checkpoint is None:
-        tensors = random_weights(model.config, precision, _seed(plan.options, role))
-    else:
-        tensors = checkpoint.tensors(precision)
+    weights = {} if checkpoint is None else _write_weights(plan, role, model, checkpoint, folder, progress)
+    return {**weights, f"{role}/{config_file.name}": hash_file(config_file), **plans}
+
+
+def _write_weights(
+    plan: BuildPlan, role: Role, model: ModelSource, checkpoint: OpenCheckpoint, folder: Path, progress: Progress
+) -> dict[str, FileEntry]:
+    """Cut each tensor for all ranks, one tensor at a time. Random weights are not written: loading makes them."""
+    precision, ranks, own = plan.precisions[role], plan.ranks(role), plan.rank_configs[role]
+    names = [weight_file(role, rank) for rank in range(ranks)]
+    (folder / names[0]).parent.mkdir()
     progress.start(f"{role} {model.name}", ranks * weight_bytes(own, precision))
     try:
         with ExitStack() as files:
             shapes = weight_shapes(own, precision)
             writers = [files.enter_context(open_shard(folder / name, shapes, precision.dtype_of)) for name in names]
-            for weight, tensor in tensors:
+            for weight, tensor in checkpoint.tensors(precision):
                 for rank, writer in enumerate(writers):
                     progress.advance(writer.write(weight, shard(weight, tensor, model.config, ranks, rank)))
-            entries = {name: writer.finish() for name, writer in zip(names, writers, strict=True)}
+            return {name: writer.finish() for name, writer in zip(names, writers, strict=True)}
     finally:
         progress.finish()
-    return {**entries, f"{role}/{config_file.name}": hash_file(config_file), **plans}
 
 
 def _write_plans(
@@ -325,7 +328,8 @@ def _seed(options: BuildOptions, role: Role) -> int:
 
 
 def _entry(plan: BuildPlan, role: Role, model: ModelSource, source_sha256: str) -> ModelEntry:
-    return ModelEntry(model.config, plan.precisions[role], _source_name(model), source_sha256, plan.ranks(role))
+    seed = _seed(plan.options, role) if plan.options.random_weights else None
+    return ModelEntry(model.config, plan.precisions[role], _source_name(model), source_sha256, plan.ranks(role), seed)
 
 
 def _source_name(model: ModelSource) -> str:

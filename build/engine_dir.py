@@ -1,8 +1,8 @@
 """The engine directory: its layout, its manifest, and what is checked when one is loaded.
 
     manifest.json      format version, model configs, limits, buckets, sizes and hashes of every other file
-    target/, draft/    config.json, weights/rank<r>.safetensors and plans/<region>.<rows>.plan, when there are plans
-                       (draft/ only when there is a draft)
+    target/, draft/    config.json, weights/rank<r>.safetensors (random weights have a seed in the manifest instead) and
+                       plans/<region>.<rows>.plan, when there are plans (draft/ only when there is a draft)
     tokenizer/         tokenizer files as the checkpoint had them
 
 `load_manifest(path)` always checks the format version, that every listed file is there and that its size is right; with
@@ -26,8 +26,8 @@ from smc_build.dtypes import SAFETENSORS_NAMES, torch_dtype
 from smc_build.model_config import ModelConfig
 from smc_build.precision import Precision
 from smc_build.shard_file import FileEntry, hash_file
-from smc_build.sharding import bind_head, rank_config
-from smc_build.weights import weight_shapes
+from smc_build.sharding import bind_head, rank_config, shards
+from smc_build.weights import random_weights, weight_shapes
 from smc_plugin.errors import EngineDirError
 
 FORMAT_VERSION = 2
@@ -46,6 +46,7 @@ class ModelEntry:
         precision: its element types.
         source: the name it was built from. source_sha256: over the files it was built from.
         tp: ranks that share it: the engine's, or 1 where each rank holds all of it.
+        seed: of random weights, which are made when they are loaded; None where they are in files.
     """
 
     config: ModelConfig
@@ -53,6 +54,7 @@ class ModelEntry:
     source: str
     source_sha256: str
     tp: int = 1
+    seed: int | None = None
 
     @property
     def rank_config(self) -> ModelConfig:
@@ -186,6 +188,7 @@ def _check(name: str, value: object, good: bool, expected: str) -> None:
 
 def _check_model(role: str, entry: ModelEntry, tp: int) -> None:
     _check(f"{role} tp", entry.tp, _is_whole(entry.tp, 1, tp) and entry.tp in (1, tp), f"1 or the engine's {tp}")
+    _check(f"{role} seed", entry.seed, entry.seed is None or _is_whole(entry.seed, 0, 2**65), "a whole number or null")
     for name, value in (("source", entry.source), ("source_sha256", entry.source_sha256)):
         _check(f"{role} {name}", value, isinstance(value, str), "text")
     for name, value in vars(entry.precision).items():
@@ -252,7 +255,7 @@ def load_weights(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Load one model's canonical weights.
+    """Load one model's canonical weights, or make them where they are random.
 
     Args:
         path: the engine directory.
@@ -269,20 +272,36 @@ def load_weights(
     path = Path(path)
     manifest = load_manifest(path, verify=False)
     entry = manifest.model(role)
-    config = entry.rank_config
-    shapes = weight_shapes(config, entry.precision)
     name = weight_file(role, rank if entry.tp > 1 else 0)
-    if name not in manifest.files or not 0 <= rank < manifest.tp:
+    if (entry.seed is None and name not in manifest.files) or not 0 <= rank < manifest.tp:
         raise EngineDirError(
             f"{name} is not in the engine directory, expected ranks 0 to {manifest.tp - 1}: correct the rank or rebuild"
         )
-    wanted, out = torch_dtype(dtype or manifest.dtype), {}
+    stored = _stored_weights(path, name, entry, device) if entry.seed is None else make_weights(entry, rank, device)
+    wanted = torch_dtype(dtype or manifest.dtype)
+    out = {
+        key: tensor if key.endswith("_scale") or entry.precision.is_fp8(key) else tensor.to(wanted)
+        for key, tensor in stored.items()
+    }
+    return bind_head(out, entry.rank_config, rank)
+
+
+def make_weights(entry: ModelEntry, rank: int, device: str | torch.device) -> dict[str, torch.Tensor]:
+    """Make a rank's part of a model of random weights, cut from the tensors of one rank, one at a time.
+
+    So the weights do not depend on the number of ranks. See `random_weights`.
+    """
+    assert entry.seed is not None
+    whole = random_weights(entry.config, entry.precision, entry.seed, device)
+    return dict(shards(whole, entry.config, entry.tp, rank))
+
+
+def _stored_weights(path: Path, name: str, entry: ModelEntry, device: str | torch.device) -> dict[str, torch.Tensor]:
+    shapes, out = weight_shapes(entry.rank_config, entry.precision), {}
     try:
         with safe_open(path / name, framework="pt", device=str(device)) as file:
             for key in file.keys():  # noqa: SIM118 - the handle is not iterable
-                tensor = file.get_tensor(key)
-                keeps = key.endswith("_scale") or entry.precision.is_fp8(key)
-                out[key] = tensor if keeps else tensor.to(wanted)
+                out[key] = file.get_tensor(key)
     except (SafetensorError, OSError) as error:
         raise EngineDirError(f"cannot read {name} ({error}), expected a safetensors file: {_REBUILD}") from error
     for key, tensor in out.items():
@@ -294,7 +313,7 @@ def load_weights(
             raise EngineDirError(
                 f"{name}: tensor {key} has shape {found.get(key)}, expected {shapes.get(key)}: {_REBUILD}"
             )
-    return bind_head(out, config, rank)
+    return out
 
 
 def tokenizer_path(path: Path | str) -> Path | None:

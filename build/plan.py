@@ -128,7 +128,9 @@ class BuildPlan:
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of all weight files."""
+        """Bytes of all weight files; random weights have none."""
+        if self.options.random_weights:
+            return 0
         return sum(
             self.ranks(role) * weight_bytes(config, self.precisions[role]) for role, config in self.rank_configs.items()
         )
@@ -215,7 +217,7 @@ def check_buildable(plan: BuildPlan) -> None:
     """
     largest = max(largest_tensor_bytes(model.config, "float32") for model in plan.models)
     needed, free = largest * _TENSORS_IN_MEMORY, free_memory_bytes()
-    if needed > free:
+    if needed > free and not plan.options.random_weights:
         raise SmcError(
             f"building needs {format_bytes(needed)} of memory for its largest tensor, {format_bytes(free)} are free: "
             "close other programs or build on a larger machine"

@@ -27,7 +27,7 @@ def describe(plan: BuildPlan) -> str:
         f"{options.groups} requests at once, {plan.max_seq_len} tokens each",
         f"  {'row buckets':<13}{', '.join(map(str, plan.row_buckets))}",
         f"  {'weights':<13}{format_bytes(plan.weight_bytes)} as {describe_types(plan.precisions)}"
-        + (" (random)" if options.random_weights else ""),
+        + (" (random, made when loaded)" if options.random_weights else ""),
         *_describe_copy(plan),
         f"  {'compiler':<13}{_describe_compiler(plan)}",
         f"  {'KV pages':<13}{plan.num_pages:,} of {options.page_size} tokens ({format_bytes(plan.page_bytes)} each) fit into "

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from smc_plugin.errors import RankError, SmcError
@@ -70,8 +71,10 @@ def together(ranks: Ranks | None, what: str, function: Callable[[], Result]) -> 
         result = function()
     except SmcError as error:
         failure = str(error)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        failure = f"{_first_line(error)}, expected room for its share: free memory there, or build with more ranks"
     except Exception as error:
-        failure = f"{type(error).__name__}: {error}"
+        failure = f"{_first_line(error)}, expected none: report this"
     failures = ranks.gather_objects(failure)
     failed = [rank for rank, message in enumerate(failures) if message is not None]
     if failed:
@@ -90,8 +93,22 @@ def same_on_all(ranks: Ranks | None, what: str, value: Result) -> Result:
         values = ranks.gather_objects(value)
         for rank, other in enumerate(values):
             if other != values[0]:
+                found, expected = _difference(other, values[0])
                 raise RankError(
-                    f"rank {rank} has {what} {other!r}, expected rank 0's {values[0]!r}: give every rank the same engine "
+                    f"rank {rank} has {what} {found}, expected rank 0's {expected}: give every rank the same engine "
                     "directory and options"
                 )
     return value
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def _difference(one: Any, other: Any) -> tuple[str, str]:
+    """Two unlike values as short texts: of dictionaries, such as manifests, the first entry that differs."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        name = next(name for name in [*one, *other] if one.get(name, "nothing") != other.get(name, "nothing"))
+        found, expected = _difference(one.get(name, "nothing"), other.get(name, "nothing"))
+        return f"{name} {found}", f"{name} {expected}"
+    return f"{one!r:.80}", f"{other!r:.80}"

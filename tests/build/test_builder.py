@@ -16,6 +16,7 @@ from smc_build.builder import BuildOptions, build_engine
 from smc_build.cli import main
 from smc_build.engine_dir import is_engine_dir, load_manifest, load_weights, tokenizer_path
 from smc_build.plan import row_buckets
+from smc_plugin.errors import EngineDirError
 from tests.tiny_models import make_checkpoint
 
 
@@ -99,12 +100,28 @@ def test_random_weights_keep_shapes_and_depend_on_the_seed(folder: Path) -> None
     for seed, name in ((3, "a"), (3, "b"), (4, "c")):
         path = build_engine(BuildOptions("t", "t", seed=seed, random_weights=True, name=name, dtype="float32"))
         assert load_manifest(path).weights == "random"
+        assert not list(path.rglob("*.safetensors")), "they are made when they are loaded"
         weights.append((load_weights(path, "target")["layers.1.down"], load_weights(path, "draft")["layers.1.down"]))
     (a, a_draft), (b, b_draft), (c, _) = weights
     assert torch.equal(a, b)
     assert torch.equal(a_draft, b_draft)
     assert not torch.equal(a, c)
     assert not torch.equal(a, a_draft), "target and draft of equal shapes must differ"
+
+
+def test_llama_70b_over_four_ranks_takes_no_disk_for_random_weights(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """144 GB of numbers that a seed gives used to be written, for half an hour and to disks that few have."""
+    monkeypatch.setattr("smc_build.plan.free_disk_bytes", lambda path: 10**9)
+    arguments = ["--checkpoint", "llama-70b", "--tp", "4", "--random-weights", "--compiler", "torch"]
+    assert main(arguments) == 0
+    assert "144 GB as bfloat16 (random, made when loaded)" in capsys.readouterr().out
+    manifest = load_manifest("engines/llama-70b-tp4")
+    assert (manifest.target.seed, manifest.target.tp) == (0, 4)
+    assert sum(entry.bytes for entry in manifest.files.values()) < 100_000
+    with pytest.raises(EngineDirError, match="expected ranks 0 to 3"):
+        load_weights("engines/llama-70b-tp4", "draft", 4)
 
 
 def test_a_preset_is_found_under_checkpoints(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,7 +204,7 @@ def test_a_broken_draft_is_refused_before_the_target_is_written(
 
 def test_too_little_disk_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit_config(folder / "t", num_hidden_layers=4_000, hidden_size=8192, intermediate_size=8192)
-    message = refused(capsys, "--checkpoint", "t", "--draft", "d", "--random-weights")
+    message = refused(capsys, "--checkpoint", "t", "--draft", "d")
     assert "TB of disk" in message
 
 
@@ -221,7 +238,7 @@ def test_the_next_command_leaves_room_for_a_prompt(folder: Path, capsys: pytest.
 
 def test_too_little_memory_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit_config(folder / "t", hidden_size=2**20, intermediate_size=2**22)
-    message = refused(capsys, "--checkpoint", "t", "--draft", "d", "--random-weights")
+    message = refused(capsys, "--checkpoint", "t", "--draft", "d")
     assert "TB of memory for its largest tensor" in message
 
 
@@ -270,8 +287,8 @@ def test_an_error_while_writing_leaves_nothing_and_keeps_the_old_engine(
 
 def test_a_killed_build_leaves_nothing_that_loads_and_the_next_one_cleans_up(folder: Path) -> None:
     # 300 MB of weights: long enough to be seen under way, and killed there.
-    edit_config(folder / "t", hidden_size=1024, intermediate_size=4096, num_hidden_layers=5)
-    arguments = ["--checkpoint", "t", "--draft", "none", "--random-weights", "--dtype", "float32"]
+    make_checkpoint(folder / "large", hidden=1024, ffn=4096, layers=5)
+    arguments = ["--checkpoint", "large", "--draft", "none", "--dtype", "float32"]
     process = subprocess.Popen(
         [sys.executable, "-m", "smc_build.cli", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -283,12 +300,11 @@ def test_a_killed_build_leaves_nothing_that_loads_and_the_next_one_cleans_up(fol
         process.wait()
     assert process.returncode == -signal.SIGKILL, "the build ended before it was killed"
     leftover = shards[0].parents[2]
-    assert leftover.name.startswith(".t-tp1.building-")
-    assert not Path("engines/t-tp1").exists()
+    assert leftover.name.startswith(".large-tp1.building-")
+    assert not Path("engines/large-tp1").exists()
     assert not [path for path in Path().rglob("*") if is_engine_dir(path)]
-    edit_config(folder / "t", hidden_size=64, intermediate_size=64, num_hidden_layers=1)
-    assert main(arguments) == 0
-    assert [path.name for path in Path("engines").iterdir()] == ["t-tp1"]
+    assert main(["--checkpoint", "t", "--draft", "none", "--dtype", "float32", "--name", "large"]) == 0
+    assert [path.name for path in Path("engines").iterdir()] == ["large-tp1"]
 
 
 def test_an_engine_moved_away_by_a_killed_replacement_is_put_back(

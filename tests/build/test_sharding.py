@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from smc_build.builder import BuildOptions, build_engine, random_engine
 from smc_build.checkpoint import Checkpoint
 from smc_build.cli import main
-from smc_build.engine_dir import load_manifest, load_weights
+from smc_build.engine_dir import ModelEntry, load_manifest, load_weights, make_weights
 from smc_build.model_config import ModelConfig, RopeConfig
 from smc_build.network import region_layers, region_specs
 from smc_build.precision import Precision
@@ -185,6 +185,18 @@ def test_llama_70b_over_four_ranks_is_planned(capsys: pytest.CaptureFixture[str]
     assert own.num_parameters - 128256 * 8192 == pytest.approx(
         (PRESETS["llama-70b"].config.num_parameters - 128256 * 8192) / 4, rel=1e-4
     )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_every_rank_of_llama_70b_gets_its_shapes(dtype: str) -> None:
+    """Two layers of the real sizes, without memory; all 80 are alike."""
+    config = dataclasses.replace(PRESETS["llama-70b"].config, num_layers=2)
+    entry = ModelEntry(config, Precision("bfloat16", dtype, "bfloat16", "bfloat16"), "llama-70b", "", tp=4, seed=0)
+    wanted = weight_shapes(entry.rank_config, entry.precision)
+    for rank in range(4):
+        made = make_weights(entry, rank, "meta")
+        assert {name: tuple(tensor.shape) for name, tensor in made.items()} == wanted
+    assert wanted["layers.1.down"] == ((8192, 7168) if dtype != "bfloat16" else (7168, 8192))
 
 
 def write_trtllm(folder: Path, source: Path, ranks: int) -> Path:

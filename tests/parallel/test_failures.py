@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from smc_engines.parallel.launch import rank_command
 from tests.parallel.conftest import environment, is_alive, ranks_of, run_job, wait_until
 
 START_S, END_S = 120, 10  # a rank that is lost ends the job within END_S
@@ -81,6 +83,22 @@ def test_a_rank_that_cannot_start_says_why(engine_of: Callable[..., Path], tmp_p
     assert done.returncode != 0
     assert "smc-run: rank 1 failed to load the target: cannot read target/weights/rank1.safetensors" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_messages_name_the_rank_the_trouble_and_the_remedy(tmp_path: Path) -> None:
+    """Out of memory on one rank used to be an exception's bare name, and unlike engine directories were printed whole."""
+    out = tmp_path / "messages.json"
+    command = rank_command(2, "tests.parallel.messages", [str(out)])
+    subprocess.run(command, env=environment(2), capture_output=True, timeout=START_S, check=True)
+    assert json.loads(out.read_text()) == [
+        "rank 1 failed to load the draft: MemoryError: cannot allocate 38 GB, expected room for its share: free memory "
+        "there, or build with more ranks",
+        "rank 1 failed to load the draft: KeyError: 'layers.3.qkv\\nsecond line', expected none: report this",
+        "rank 1 failed to check its GPU: no FP8 here, expected it: buy one",
+        f"rank 1 has an engine directory files a sha256 '{'1' * 64}', expected rank 0's files a sha256 '{'2' * 64}': give "
+        "every rank the same engine directory and options",
+        "rank 1 has a setting 1, expected rank 0's 0: give every rank the same engine directory and options",
+    ]
 
 
 def test_ranks_that_disagree_say_so(engine_of: Callable[..., Path], tmp_path: Path) -> None:
