@@ -1,11 +1,11 @@
-"""What a sweep of scripts/sweep_quality.py found, for docs/quality.md: figures, tables and the drawing.
+"""What a sweep of scripts/sweep_quality.py found, for docs/quality.md and quality-measured.md: figures, tables, the drawing.
 
     python scripts/quality_report.py collect SWEEP_DIR     # writes docs/benchmarks/quality-sweep.json
-    python scripts/quality_report.py render                # that JSON into docs/quality.md and docs/images/quality-frontier.png
+    python scripts/quality_report.py render                # that JSON into both pages and docs/images/quality-frontier.png
 
 `collect` adds to the sweep's own report what only its answers say: differences to all lossless answers and to the plain
 setting, the evidence, what a fallback would do, and where errors come from: each answer's first wrong token, and what target
-and draft gave it. `render` replaces what stands between `<!-- NAME -->` and `<!-- end -->` in the page.
+and draft gave it. `render` replaces what stands between `<!-- NAME -->` and `<!-- end -->` in the pages.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from smc_engines.eval.statistics import by_item, certificate_auc, mark_pareto, m
 from smc_plugin.errors import ConfigError, SmcError  # noqa: E402
 
 FIGURES = REPOSITORY / "docs" / "benchmarks" / "quality-sweep.json"
-PAGE = REPOSITORY / "docs" / "quality.md"
+PAGES = REPOSITORY / "docs" / "quality.md", REPOSITORY / "docs" / "quality-measured.md"
 DRAWING = REPOSITORY / "docs" / "images" / "quality-frontier.png"
 BASE = {"mode": "smc", "num_particles": 16, "num_draft_tokens": 16}
 RATIOS = (-math.inf, 0.0, 3.0, math.inf)  # bounds of log p/q
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     collecting = verbs.add_parser("collect")
     collecting.add_argument("sweep", type=Path, metavar="SWEEP_DIR")
     rendering = verbs.add_parser("render")
-    rendering.add_argument("--page", type=Path, default=PAGE)
+    rendering.add_argument("--pages", type=Path, nargs="+", default=PAGES)
     rendering.add_argument("--drawing", type=Path, default=DRAWING)
     for verb in (collecting, rendering):
         verb.add_argument("--figures", type=Path, default=FIGURES)
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.verb == "collect":
             write_json(collect(args.sweep), args.figures)
         else:
-            render(json.loads(args.figures.read_text(encoding="utf-8")), args.page, args.drawing)
+            render(json.loads(args.figures.read_text(encoding="utf-8")), args.pages, args.drawing)
     except (SmcError, OSError) as error:
         print(f"quality_report: {error}", file=sys.stderr)
         return 1
@@ -263,7 +263,7 @@ def side_by_side(columns: Sequence[Column], rows: Sequence[Row]) -> str:
 
 
 def tables(figures: Mapping[str, Any]) -> dict[str, str]:
-    """Every table of the page, by its name."""
+    """Every table of the pages, by its name."""
 
     def order(row: Row) -> tuple[bool, int, int]:
         values = row["setting"]
@@ -291,23 +291,25 @@ def tables(figures: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def render(figures: dict[str, Any], page: Path, drawing: Path) -> None:
+def render(figures: dict[str, Any], pages: Sequence[Path], drawing: Path) -> None:
     """Write tables and drawing.
 
     Raises:
-        ConfigError: the page has no place for a table, or the drawing cannot be made.
+        ConfigError: no page or more than one has a place for a table, or the drawing cannot be made.
     """
-    text = page.read_text(encoding="utf-8")
+    texts = {page: page.read_text(encoding="utf-8") for page in pages}
     for name, body in tables(figures).items():
-        text, count = re.subn(
-            rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)",
-            lambda match, body=body: f"{match[1]}{body}\n{match[2]}",
-            text,
-            flags=re.DOTALL,
-        )
+        place = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        count = sum(len(place.findall(text)) for text in texts.values())
         if count != 1:
-            raise ConfigError(f"{page} has {count} places for the table {name!r}, expected one: add <!-- {name} -->")
-    page.write_text(text, encoding="utf-8")
+            raise ConfigError(
+                f"{', '.join(map(str, pages))} have {count} places for the table {name!r}, expected one: add <!-- {name} --> "
+                "and <!-- end -->"
+            )
+        for page, text in texts.items():
+            texts[page] = place.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
+    for page, text in texts.items():
+        page.write_text(text, encoding="utf-8")
     plot.check_available(drawing)
     drawing.parent.mkdir(parents=True, exist_ok=True)
     drawing.write_bytes(plot.frontier_png(figures))

@@ -16,21 +16,24 @@ def tokens(text: str) -> list[int]:
     return chain.tokenizer().encode(text, add_special_tokens=False).ids
 
 
-def test_the_page_holds_the_tables_of_its_figures(tmp_path: Path) -> None:
-    page = tmp_path / "quality.md"
-    page.write_text(quality_report.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    assert quality_report.main(["render", "--page", str(page), "--drawing", str(tmp_path / "drawing.png")]) == 0
-    assert page.read_text(encoding="utf-8") == quality_report.PAGE.read_text(encoding="utf-8")
+def test_the_pages_hold_the_tables_of_their_figures(tmp_path: Path) -> None:
+    copies = [tmp_path / page.name for page in quality_report.PAGES]
+    for page, copy in zip(quality_report.PAGES, copies, strict=True):
+        copy.write_bytes(page.read_bytes())
+    command = ["render", "--drawing", str(tmp_path / "drawing.png"), "--pages", *map(str, copies)]
+    assert quality_report.main(command) == 0
+    for page, copy in zip(quality_report.PAGES, copies, strict=True):
+        assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
     assert (tmp_path / "drawing.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_page_without_a_place_is_refused(tmp_path: Path) -> None:
     page = tmp_path / "quality.md"
     page.write_text("<!-- plain -->\n<!-- end -->\n")
+    figures = json.loads(quality_report.FIGURES.read_text(encoding="utf-8"))
     with pytest.raises(ConfigError, match="0 places for the table 'options'"):
-        quality_report.render(
-            json.loads(quality_report.FIGURES.read_text(encoding="utf-8")), page, tmp_path / "drawing.png"
-        )
+        quality_report.render(figures, [page], tmp_path / "drawing.png")
+    assert page.read_text() == "<!-- plain -->\n<!-- end -->\n"
 
 
 def test_the_first_token_that_does_not_follow_is_found() -> None:
