@@ -81,6 +81,12 @@ class Plan:
     top_k: int
 
     @property
+    def adapts(self) -> bool:
+        """Whether K follows from the past rounds (see adapt.py); a single particle's ESS says nothing."""
+        asked = self.params.adapt_draft_tokens > 0 and not self.kind.speculative
+        return asked and min(self.kind.num_particles, self.kind.num_draft_tokens) > 1
+
+    @property
     def uses_draft(self) -> bool:
         """Whether the draft model runs for this request."""
         return self.kind.num_draft_tokens > 0

@@ -168,6 +168,8 @@ class Executor:
                     self.cancel(news.request_id)
                 case lockstep.Drop():
                     self._drop_all()
+                case lockstep.Adapt():
+                    self.scheduler.requests[news.request_id].draft_tokens = news.draft_tokens
                 case lockstep.ForceResampling():
                     self.force_resampling()
         self.step()
@@ -186,6 +188,7 @@ class Executor:
         Returns:
             news of the requests that have any, in no particular order of requests.
         """
+        self._adapt()
         with torch.inference_mode(), self._lockstep.step():
             outputs = self._retire_cancelled()
             self._admit()
@@ -238,6 +241,17 @@ class Executor:
             AssertionError: something leaked.
         """
         self.pool.check_integrity(self.slots.state)
+
+    def _adapt(self) -> None:
+        """Choose K of the rounds that this step starts."""
+        if not self._lockstep.decides:
+            return
+        for request in self.scheduler.running:
+            if request.phase is Phase.DECODE and request.plan.adapts:
+                # With overlap the last round is not in the trace yet; without, it is left out, for the same tokens.
+                past = request.trace if self._overlap else request.trace[:-1]
+                if request.adapt(past):
+                    self._lockstep.note(lockstep.Adapt(request.request_id, request.draft_tokens))
 
     def _drop_all(self) -> None:
         self._lockstep.note(lockstep.Drop())
@@ -325,7 +339,8 @@ class Executor:
 
     def _context(self, kind: RoundKind, batch: Sequence[Request]) -> RoundContext:
         unseen = 2 if self._overlap else 1
-        furthest = max(request.position for request in batch) + unseen * (kind.num_draft_tokens + 1)
+        # A round that was not seen yet may have drafted more than this one.
+        furthest = max(entry.position + unseen * (entry.plan.kind.num_draft_tokens + 1) for entry in batch)
         return RoundContext(
             kind,
             self.engine.target,

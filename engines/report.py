@@ -20,7 +20,7 @@ from smc_engines.outputs import RequestInfo, RequestOutput
 from smc_engines.sampling_params import SamplingParams
 from smc_plugin.reference.weights import normalise
 
-_OPTIONS = ("truncate_rounds", "resampling", "resample_power", "exact_below", "fallback_below")
+_OPTIONS = ("adapt_draft_tokens", "truncate_rounds", "resampling", "resample_power", "exact_below", "fallback_below")
 _PLAIN = {name: getattr(SamplingParams(), name) for name in _OPTIONS}
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
+from smc_engines.adapt import choose_draft_tokens
 from smc_engines.engine import Plan
 from smc_engines.outputs import RequestInfo, RoundInfo
+from smc_engines.rounds import RoundKind
 from smc_engines.stop_strings import StopAutomaton, holdback, trim
 from smc_engines.text import Detokenizer, Tokenizer
 
@@ -72,6 +74,7 @@ class Request:
         prefilled: prompt tokens whose KV is written (for the draft too where it is used).
         position: where the frontier stands, as of the last round seen.
         token_ids: answer tokens handed out so far.
+        draft_tokens: K of the next round; the plan's unless it adapts.
         given_up: figures of the particles that this lossless run replaces (see SamplingParams.fallback_below).
     """
 
@@ -89,11 +92,28 @@ class Request:
     cached_tokens: int = 0
     position: int = 0
     token_ids: list[int] = field(default_factory=list)
+    draft_tokens: int = field(init=False)
     trace: list[RoundInfo] = field(default_factory=list)
     accepted_tokens: int = 0
     given_up: RequestInfo | None = None
     admitted_at: float | None = None
     first_token_at: float | None = None
+
+    def __post_init__(self) -> None:
+        self.draft_tokens = self.plan.kind.num_draft_tokens
+
+    @property
+    def kind(self) -> RoundKind:
+        """The kind of its next round."""
+        kind = self.plan.kind
+        return kind if kind.num_draft_tokens == self.draft_tokens else replace(kind, num_draft_tokens=self.draft_tokens)
+
+    def adapt(self, past: Sequence[RoundInfo]) -> bool:
+        """Choose K of the next round from past ones; returns whether it is another one."""
+        before, params = self.draft_tokens, self.plan.params
+        most = self.plan.kind.num_draft_tokens
+        self.draft_tokens = choose_draft_tokens(past, len(self.prompt) + 1, params.adapt_draft_tokens, most)
+        return self.draft_tokens != before
 
     @property
     def cache_salt(self) -> str | None:

@@ -71,6 +71,11 @@ _SAMPLING: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--min-p",), "min_p", {"type": float, "help": "least probability relative to the likeliest token"}),
     (("--ess-threshold",), "ess_threshold", {"type": float, "help": "resample below this fraction of N"}),
     (
+        ("--adapt-draft-tokens",),
+        "adapt_draft_tokens",
+        {"type": float, "help": "draft as many tokens, K at most, as should leave the ESS at this fraction of N"},
+    ),
+    (
         ("--truncate-rounds",),
         "truncate_rounds",
         {"action": "store_true", "help": "end a round at the first token where the ESS gets low"},

@@ -38,6 +38,8 @@ class SamplingParams:
         num_particles: N >= 1; ignored outside `smc`.
         num_draft_tokens: K >= 0 draft tokens a round; ignored in `target`.
         ess_threshold: θ in [0, 1], the fraction of N below which a round resamples. 0 never resamples.
+        adapt_draft_tokens: in [0, 1]; a round drafts as many tokens (in quarters of num_draft_tokens) as should leave the ESS
+            at this fraction of N, judged by the past rounds. 0 always drafts num_draft_tokens. Mode smc.
         truncate_rounds: a round ends for the whole group at the first draft token after which the ESS is below θ N.
         resampling: `systematic`, `stratified` or `residual`.
         resample_power: in (0, 1]; resample in proportion to w to this power and keep the rest of the weight. 1 is plain.
@@ -67,6 +69,7 @@ class SamplingParams:
     num_particles: int | None = None
     num_draft_tokens: int | None = None
     ess_threshold: float = 0.5
+    adapt_draft_tokens: float = 0.0
     truncate_rounds: bool = False
     resampling: Resampling = "systematic"
     resample_power: float = 1.0
@@ -172,6 +175,7 @@ _INTEGER_RANGES: tuple[tuple[str, int, int], ...] = (
 # name, lowest, highest, whether the lowest itself is excluded
 _REAL_RANGES: tuple[tuple[str, float, float, bool], ...] = (
     ("ess_threshold", 0.0, 1.0, False),
+    ("adapt_draft_tokens", 0.0, 1.0, False),
     ("resample_power", 0.0, 1.0, True),
     ("exact_below", 0.0, 1.0, False),
     ("fallback_below", -1e6, 0.0, False),

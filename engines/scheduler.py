@@ -89,5 +89,5 @@ class Scheduler:
         batches: dict[RoundKind, list[Request]] = {}
         for request in self.running:
             if request.phase is Phase.DECODE:
-                batches.setdefault(request.plan.kind, []).append(request)
+                batches.setdefault(request.kind, []).append(request)
         return batches

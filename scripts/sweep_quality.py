@@ -56,6 +56,7 @@ TEMPERATURES = "--temperature 1.0,0.7"
 BASE = "num_particles=16,num_draft_tokens=16"
 OPTIONS = (
     *("truncate_rounds=true", "truncate_rounds=true,ess_threshold=0.25"),
+    *("adapt_draft_tokens=0.3", "adapt_draft_tokens=0.5"),
     *("resampling=stratified", "resampling=residual", "resample_power=0.5", "resample_power=0.75"),
     *("ess_threshold=0.25", "ess_threshold=0.75", "ess_threshold=1.0"),
     *("exact_below=0.1", "exact_below=0.2", "exact_below=0.5", "exact_below=1.0"),

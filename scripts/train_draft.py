@@ -390,7 +390,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bits", type=int, default=5, choices=range(2, 9), help="bits of a shipped weight")
     parser.add_argument("--group", type=int, default=64, help="inputs that share a scale; 0: a whole row")
     parser.add_argument("--lr", type=float, default=6e-3)
-    parser.add_argument("--order-two", type=float, default=0.0, help="weight of the order-2 divergence while decaying")
+    parser.add_argument(
+        *("--order-two", "--chi2"),
+        type=float,
+        default=0.0,
+        help="weight of log(1 + χ²) of p and q while decaying: what the variance of SMC's weights depends on",
+    )
     parser.add_argument("--acceptance", type=float, default=0.5, help="share of -log acceptance in place of KL")
     parser.add_argument("--decay-start", type=float, default=0.55, help="share of the steps at a constant rate")
     parser.add_argument("--minutes", type=float, default=10.0, help="time for everything, from which the steps follow")

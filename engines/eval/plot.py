@@ -17,6 +17,7 @@ from smc_engines.eval.settings import Setting
 from smc_plugin.errors import ConfigError
 
 _COLOURS = {"target": "#7a8594", "speculative": "#d08a2e", "smc": "#2b6cb0"}
+_BLUES = ("#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08306b")  # N = 4 and fewer, 8, 16, 32, more
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _COSTS = (("tokens_per_pass", "tokens a target pass"), ("tokens_per_second", "tokens/s"))
 
@@ -58,8 +59,65 @@ def png(report: dict[str, Any]) -> bytes:
     figure.suptitle(
         f"{report['task']} on {report['engine']}: {report['problems']} problems, seeds {report['seeds']}", fontsize=10
     )
+    return _bytes(figure, 130)
+
+
+def frontier_png(report: dict[str, Any]) -> bytes:
+    """Accuracy against tokens a target pass, a panel for each temperature; the frontier's settings carry their names.
+
+    For a report of many settings: colour says the mode, a darker blue more particles, a hollow mark an option.
+    """
+    temperatures = sorted({Setting.of(row["setting"]).temperature for row in report["rows"]}, reverse=True)
+    module = importlib.import_module("matplotlib.figure")
+    figure = module.Figure(figsize=(13, 5.6), layout="constrained")
+    for axis, temperature in zip(figure.subplots(1, len(temperatures), squeeze=False)[0], temperatures, strict=True):
+        own = [row for row in report["rows"] if Setting.of(row["setting"]).temperature == temperature]
+        for row in own:
+            spread = [[row["accuracy"] - row["accuracy_low"]], [row["accuracy_high"] - row["accuracy"]]]
+            axis.errorbar(row["tokens_per_pass"], row["accuracy"], yerr=spread, **_mark(row))
+        frontier = sorted((row for row in own if row["pareto_tokens_per_pass"]), key=lambda row: row["tokens_per_pass"])
+        axis.plot(*zip(*((r["tokens_per_pass"], r["accuracy"]) for r in frontier), strict=True), "k-", lw=0.8, zorder=0)
+        for line, row in enumerate(frontier):
+            axis.annotate(
+                _without_temperature(row["label"]).replace("=True", ""),
+                *((row["tokens_per_pass"], row["accuracy"]), (row["tokens_per_pass"], 1.005 + 0.012 * line)),
+                ha="left" if row["tokens_per_pass"] < max(r["tokens_per_pass"] for r in own) / 2 else "right",
+                **{"fontsize": 8, "arrowprops": {"arrowstyle": "-", "lw": 0.4}},
+            )
+        for row in own:
+            if row["setting"]["mode"] == "target":
+                axis.axhspan(row["accuracy_low"], row["accuracy_high"], color=_COLOURS["target"], alpha=0.15, lw=0)
+        axis.set(xlabel="tokens a target pass", ylabel="right (95 % interval)", title=f"temperature {temperature:g}")
+        axis.set_ylim(top=1.01 + 0.012 * len(frontier))
+        axis.grid(alpha=0.3)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=9, fontsize=8)
+    return _bytes(figure, 90)
+
+
+def _mark(row: dict[str, Any]) -> dict[str, Any]:
+    setting = row["setting"]
+    mode, particles = setting["mode"], setting.get("num_particles", 1)
+    options = setting.keys() - {"mode", "temperature", "num_particles", "num_draft_tokens"}
+    colour, label = _COLOURS[mode], mode
+    if mode == "smc":
+        depth = min(max(particles.bit_length() - 3, 0), len(_BLUES) - 1)
+        colour, label = _BLUES[depth], f"smc N={particles}{' with an option' if options else ''}"
+    return {
+        **{"color": colour, "label": label, "marker": _MARKERS[0 if mode != "smc" else particles.bit_length() % 8]},
+        **{"markerfacecolor": "white" if options else colour, "linestyle": "none", "elinewidth": 0.6},
+        **{"capsize": 2, "markersize": 6},
+    }
+
+
+def _without_temperature(label: str) -> str:
+    return " ".join(part for part in label.split(" ") if not part.startswith("T="))
+
+
+def _bytes(figure: Any, dpi: int) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130, facecolor="white", format="png")
+    figure.savefig(buffer, dpi=dpi, facecolor="white", format="png")
     return buffer.getvalue()
 
 
@@ -97,8 +155,7 @@ def _style(row: dict[str, Any], label: bool = True) -> dict[str, Any]:
     """Colour by mode, marker by N, label without the temperature that the panel names."""
     mode, particles = row["setting"]["mode"], row["setting"].get("num_particles", 1)
     marker = _MARKERS[max(particles.bit_length() - 1, 0) % len(_MARKERS)] if mode == "smc" else "o"
-    shown = " ".join(part for part in row["label"].split(" ") if not part.startswith("T="))
-    return {"color": _COLOURS[mode], "marker": marker, "label": shown if label else None}
+    return {"color": _COLOURS[mode], "marker": marker, "label": _without_temperature(row["label"]) if label else None}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 from smc_engines.eval.settings import Setting
 
 Z = 1.959964  # 95 %
+_SAME_COST = 0.99  # where an answer ends moves its cost by about 1 %
 _MISMATCH = 0.5  # kernel factor of a position where two answers differ
 
 
@@ -186,13 +187,16 @@ def certificate_auc(records: Sequence[dict[str, Any]]) -> float | None:
 
 
 def mark_pareto(rows: list[dict[str, Any]], cost: str) -> None:
-    """Add `pareto_<cost>`: no other setting of the same temperature is both at least as accurate and as cheap."""
+    """Add `pareto_<cost>`: no setting of the same temperature is better in both.
+
+    Cheaper by less than 1 % counts as equally cheap: otherwise every setting that is a hair cheaper than one that is more
+    accurate would be on the frontier too.
+    """
     for row in rows:
         peers = [other for other in rows if _temperature(other) == _temperature(row)]
         row[f"pareto_{cost}"] = not any(
-            other["accuracy"] >= row["accuracy"]
-            and other[cost] >= row[cost]
-            and (other["accuracy"], other[cost]) != (row["accuracy"], row[cost])
+            (other["accuracy"] > row["accuracy"] and other[cost] >= _SAME_COST * row[cost])
+            or (other["accuracy"] == row["accuracy"] and other[cost] > row[cost])
             for other in peers
         )
 

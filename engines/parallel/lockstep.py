@@ -49,11 +49,19 @@ class Drop:
 
 
 @dataclass(frozen=True)
+class Adapt:
+    """A request drafts so many tokens a round from now on."""
+
+    request_id: str
+    draft_tokens: int
+
+
+@dataclass(frozen=True)
 class ForceResampling:
     """Running requests resample every round from now on."""
 
 
-News = Submit | Cancel | Drop | ForceResampling
+News = Submit | Cancel | Drop | Adapt | ForceResampling
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,11 @@ class Lockstep:
         self._known: set[Hashable] = set()
         if self._leads and ranks is not None:
             ranks.send_plan(Renew())
+
+    @property
+    def decides(self) -> bool:
+        """Whether this rank may decide by a real number, which need not be the same to the last bit on another."""
+        return self._ranks is None or self._leads
 
     def note(self, news: News) -> None:
         """Remember what the others must hear before the next step."""

@@ -73,6 +73,7 @@ class _Request(BaseModel):
     num_particles: Whole | None = None
     num_draft_tokens: Whole | None = None
     ess_threshold: float | None = None
+    adapt_draft_tokens: float | None = None
     truncate_rounds: bool | None = None
     resampling: Literal["systematic", "stratified", "residual"] | None = None
     resample_power: float | None = None
@@ -131,6 +132,7 @@ _PASSED = (
     "num_particles",
     "num_draft_tokens",
     "ess_threshold",
+    "adapt_draft_tokens",
     "truncate_rounds",
     "resampling",
     "resample_power",

@@ -165,7 +165,7 @@ def test_mmd_is_zero_on_average_for_equal_laws_and_not_for_others() -> None:
 def test_the_frontier_holds_what_nothing_beats() -> None:
     rows = [
         {"setting": {"mode": "smc", "temperature": 1.0}, "accuracy": accuracy, "cost": cost}
-        for accuracy, cost in ((0.9, 1.0), (0.8, 2.0), (0.7, 1.5), (0.8, 1.0))
+        for accuracy, cost in ((0.9, 1.0), (0.8, 2.0), (0.7, 1.5), (0.8, 1.0), (0.79, 2.01), (0.6, 2.1), (0.9, 1.0))
     ]
     statistics.mark_pareto(rows, "cost")
-    assert [row["pareto_cost"] for row in rows] == [True, True, False, False]
+    assert [row["pareto_cost"] for row in rows] == [True, True, False, False, False, True, True]

@@ -35,6 +35,7 @@ KINDS = (
     {"stop": ("ab", "cc"), "max_tokens": 14},
     {"draft_temperature": 1.5, "stop_token_ids": (3,)},
     {"max_tokens": 1},
+    {"adapt_draft_tokens": 0.9, "num_draft_tokens": 3, "max_tokens": 16, "ignore_eos": True},
 )
 Job = tuple[str, tuple[int, ...], SamplingParams]
 
@@ -87,11 +88,11 @@ def assert_same(one: RequestOutput, other: RequestOutput) -> None:
 
 
 def test_the_same_seed_gives_the_same_answer_whatever_the_company(letters: Toy) -> None:
-    work = jobs(28, seed=1)
+    work = jobs(30, seed=1)
     alone: dict[str, RequestOutput] = {}
     for job in work:
         alone |= run(letters.executor(prefix_cache=False), [job])
-    for order, arrivals in ((work, 5), (random.Random(2).sample(work, 28), 28)):
+    for order, arrivals in ((work, 5), (random.Random(2).sample(work, 30), 30)):
         together = run(letters.executor(max_groups=20, prefill_chunk=16), order, arrivals)
         for name, output in alone.items():
             assert_same(together[name], output)
@@ -100,7 +101,7 @@ def test_the_same_seed_gives_the_same_answer_whatever_the_company(letters: Toy) 
 
 
 def test_the_same_run_twice_is_identical_to_the_last_bit(letters: Toy) -> None:
-    work = jobs(14, seed=3)
+    work = jobs(15, seed=3)
     first, second = run(letters.executor(), work), run(letters.executor(), work)
     for name, output in first.items():
         assert output.token_ids == second[name].token_ids
@@ -198,7 +199,7 @@ def test_nan_ends_the_request_that_meets_it_and_nobody_else_notices(poisoned: Pa
             prompt if index % 4 == 0 else tuple(t if t != BAD else 3 for t in prompt),
             replace(BASE, seed=index, **kind),
         )
-        for index, ((name, prompt, _), kind) in enumerate(zip(jobs(52, seed=9), kinds * 4, strict=True))
+        for index, ((name, prompt, _), kind) in enumerate(zip(jobs(56, seed=9), kinds * 4, strict=True))
     ]
     alone: dict[str, RequestOutput] = {}
     for job in work:

@@ -157,6 +157,31 @@ def test_total_variation_falls_as_particles_are_added(toy: Toy) -> None:
     assert distances[-1] < 0.3 * distances[0], distances
 
 
+def test_what_the_draft_hardly_proposes_comes_too_seldom_until_it_is_weighed(toy: Toy) -> None:
+    """Few particles cut tails of p that q does not cover (docs/quality.md); the evidence makes up for them, whatever N."""
+    params = replace(BASE, num_draft_tokens=3, select="argmax")
+    law = toy.law(params)
+
+    def ratio(prefix: Answer) -> float:
+        return float((toy.log_p(prefix[:-1], params) - toy.log_q(prefix[:-1], params))[prefix[-1]])
+
+    answers = list(law)
+    rare = np.array([max(ratio(answer[:end]) for end in range(1, len(answer) + 1)) > np.log(3) for answer in answers])
+    mass = float(np.array(list(law.values())) @ rare)
+    assert 0.05 < mass < 0.2
+    executor, left = toy.executor(**GROUPS), []
+    for n, count in ((2, 800), (4, 600), (16, 400)):
+        outputs = sample(executor, toy.prompt, replace(params, num_particles=n), count, seed=61)
+        found = particle_law(outputs, answers) @ rare
+        left.append(found.mean() / mass)
+        assert_means((evidence(outputs) * found)[:, None], [mass])
+        if n < 16:
+            assert found.mean() + 3 * found.std() / count**0.5 < mass
+    assert left == sorted(left), left
+    assert left[0] < 0.7
+    assert left[-1] > 0.8, left
+
+
 @pytest.mark.parametrize("mode", ["smc", "speculative"])
 def test_deferred_and_legacy_drafting_say_the_same(toy: Toy, mode) -> None:
     params = replace(BASE, mode=mode, ess_threshold=0.8)

@@ -60,7 +60,9 @@ def test_options_not_given_leave_every_default_alone():
 def test_every_sampling_parameter_has_an_option():
     arguments = "--mode target --n 2 --k 3 --ess-threshold 0.25 --temperature 0.5 --draft-temperature 0.6 --alpha 2"
     arguments += " --top-k 4 --top-p 0.9 --min-p 0.1 --seed 9 --max-tokens 11 --min-tokens 1 --stop a --stop b"
-    arguments += " --stop-token-id 5 --ignore-eos --select argmax --return-particles --logprobs"
+    arguments += (
+        " --stop-token-id 5 --ignore-eos --select argmax --return-particles --logprobs --adapt-draft-tokens 0.5"
+    )
     arguments += " --truncate-rounds --resampling residual --resample-power 0.5 --exact-below 0.5 --fallback -3"
     sampling = parse(["--engine", "e", *arguments.split()]).sampling
     # falling back is for mode smc only, which is the default

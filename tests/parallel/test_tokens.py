@@ -14,11 +14,13 @@ from tests.parallel.conftest import FAMILIES, run_job
 
 SMOLLM2 = Path(".models/smollm2-135m-instruct"), Path(".models/smollm2-draft")
 SHARED = {"max_tokens": 12, "ignore_eos": True, "num_particles": 4, "num_draft_tokens": 3, "seed": 11}
+ADAPTIVE = {**SHARED, "adapt_draft_tokens": 0.9, "max_tokens": 24}
 PARAMS: list[dict[str, Any]] = [
     {**SHARED, "temperature": 1.0},
     {**SHARED, "temperature": 0.8, "ess_threshold": 1.0, "power_alpha": 1.5, "stop": ["zq"]},
     {**SHARED, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "min_tokens": 4, "stop_token_ids": [65, 255]},
     {**SHARED, "truncate_rounds": True, "resampling": "residual", "resample_power": 0.5},
+    ADAPTIVE,
     {**SHARED, "temperature": 0},
     {**SHARED, "mode": "target", "top_p": 0.7},
     {**SHARED, "mode": "speculative", "power_alpha": 1.3},
@@ -52,6 +54,8 @@ def test_ranks_say_what_one_says(
     found = run_job(tp, {"engines": engines}, tmp_path)
     for family, answers in zip([*FAMILIES, "llama"], found, strict=True):
         assert_same(answers, expected[family])
+    rounds = [len(answers[PARAMS.index(ADAPTIVE)]["ancestors"]) for answers in found]
+    assert max(rounds) > 6  # of four tokens each, had no K been lowered
 
 
 def test_fp8_ranks_say_what_one_says(

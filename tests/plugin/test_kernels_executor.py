@@ -36,6 +36,7 @@ OPTION_CASES = {
     "stratified": replace(BASE, resampling="stratified", ess_threshold=1.0, ignore_eos=True),
     "residual": replace(BASE, resampling="residual", ess_threshold=1.0, ignore_eos=True, num_particles=4),
     "half the weights": replace(BASE, resample_power=0.5, ess_threshold=1.0, ignore_eos=True, max_tokens=12),
+    "adapts K": replace(BASE, adapt_draft_tokens=0.98, num_draft_tokens=3, ignore_eos=True, max_tokens=16),
     "always lossless": replace(BASE, exact_below=1.0, num_draft_tokens=3, ignore_eos=True, max_tokens=12),
     "lossless, filtered, sharpened": replace(BASE, exact_below=1.0, top_k=3, top_p=0.9, power_alpha=1.5),
     "sometimes lossless": replace(BASE, exact_below=0.9, num_draft_tokens=3, ignore_eos=True, max_tokens=12),
@@ -117,6 +118,7 @@ def assert_every_option_acted(outputs: dict[str, RequestOutput]) -> None:
     """A case whose option never came into play would show nothing."""
     infos = {name: info_of(output) for name, output in outputs.items()}
     assert infos["early ends"].rounds > 3  # 12 tokens, up to 4 a round
+    assert infos["adapts K"].rounds > 4  # 16 tokens, 4 a round if all were alike
     for name in ("stratified", "residual", "half the weights"):
         assert infos[name].resamples > 0, name
     for name in ("sometimes lossless", "all at once"):

@@ -49,6 +49,16 @@ def test_stream_is_the_executors_own_answer(service: Service, expected: Any) -> 
     assert all("log_evidence" not in response for response in responses[:-1])
 
 
+def test_adaptive_k_reaches_the_executor(service: Service, expected: Any) -> None:
+    params = {"num_particles": 4, "num_draft_tokens": 3, "max_tokens": 40, "ignore_eos": True, "seed": 6}
+    for fraction in (1.0, 0.0):
+        (last,) = service.stream("smc", {"text_input": "hello", **params, "adapt_draft_tokens": fraction})
+        want = expected("hello", **params, adapt_draft_tokens=fraction)
+        assert text([last]) == want.text
+        assert last["rounds"].item() == want.info.rounds
+        assert (want.info.rounds > 10) == (fraction > 0)  # ten rounds of four tokens where K stays
+
+
 @pytest.mark.parametrize("model", TEXT_MODELS)
 def test_text_models_echo_the_prompt_unless_excluded(service: Service, expected: Any, model: str) -> None:
     want = expected("abc", max_tokens=6, seed=1).text

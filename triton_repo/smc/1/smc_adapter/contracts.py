@@ -326,6 +326,7 @@ SMC_INPUTS = _table(
     Field("num_particles", "INT32", param="num_particles", low=1, high=4096),
     Field("num_draft_tokens", "INT32", param="num_draft_tokens", low=0, high=1024),
     Field("ess_threshold", "FP32", param="ess_threshold", low=0, high=1),
+    Field("adapt_draft_tokens", "FP32", param="adapt_draft_tokens", low=0, high=1),
     Field("truncate_rounds", "BOOL", param="truncate_rounds"),
     Field("resampling", "STRING", param="resampling", max_bytes=MAX_WORD_BYTES),
     Field("resample_power", "FP32", param="resample_power", low=0, high=1),

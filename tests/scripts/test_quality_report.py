@@ -1,0 +1,75 @@
+"""scripts/quality_report.py: the page is what the figures say, and first errors are where they are."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts import quality_report, sweep_quality
+from scripts.first_errors import first_error, first_error_ratios
+from smc_engines.eval import chain
+from smc_plugin.errors import ConfigError
+
+
+def tokens(text: str) -> list[int]:
+    return chain.tokenizer().encode(text, add_special_tokens=False).ids
+
+
+def test_the_pages_hold_the_tables_of_their_figures(tmp_path: Path) -> None:
+    copies = [tmp_path / page.name for page in quality_report.PAGES]
+    for page, copy in zip(quality_report.PAGES, copies, strict=True):
+        copy.write_bytes(page.read_bytes())
+    command = ["render", "--drawing", str(tmp_path / "drawing.png"), "--pages", *map(str, copies)]
+    assert quality_report.main(command) == 0
+    for page, copy in zip(quality_report.PAGES, copies, strict=True):
+        assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
+    assert (tmp_path / "drawing.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_page_without_a_place_is_refused(tmp_path: Path) -> None:
+    page = tmp_path / "quality.md"
+    page.write_text("<!-- plain -->\n<!-- end -->\n")
+    figures = json.loads(quality_report.FIGURES.read_text(encoding="utf-8"))
+    with pytest.raises(ConfigError, match="0 places for the table 'options'"):
+        quality_report.render(figures, [page], tmp_path / "drawing.png")
+    assert page.read_text() == "<!-- plain -->\n<!-- end -->\n"
+
+
+def test_the_first_token_that_does_not_follow_is_found() -> None:
+    prompt = [chain.IDS[chain.BEGIN], *tokens("47A+25B%30:")]
+    end = chain.IDS[chain.END]
+    right = [*tokens(" so now takeA47+25=72; then weB72%30=57; answer57"), end]
+    assert first_error(prompt, right) is None
+    for text, place in (
+        ("A47+25=71", 8),  # a figure
+        ("A47-25", 3),  # a sign
+        (" so so soB", 3),  # a label too early
+        ("A47+25=72;B72%30=57; answer75", 21),  # the last figures, after right steps
+    ):
+        assert first_error(prompt, [*tokens(text), end]) == place, text
+    assert first_error(prompt, [*tokens("A47+25=72;B72%30=57; answer57"), *tokens(" so"), end]) is None
+    assert first_error(prompt, tokens("A47+25=72;B72%30=57; answer57")) is None  # cut before its end
+
+
+def test_a_small_sweep_is_collected(tmp_path: Path) -> None:
+    """Two settings of the shipped pair; one answer is spoilt, so that there is an error to look at."""
+    command = ["--output", str(tmp_path), "--work", str(tmp_path / "work"), "--device", "cpu", "--groups", "4"]
+    command += ["--dtype", "float32", "--workers", "1", "--problems", "2"]
+    assert sweep_quality.main([*command, "--only", "N=4 K=8 T=1"]) == 0
+    assert sweep_quality.main([*command, "--only", "target T=1"]) == 0
+    records = list(sweep_quality.read_answers(tmp_path, {"problem_seed": 1}))
+    spoilt = next(record for record in records if record["setting"]["mode"] == "target" and record["right"])
+    spoilt["text"] = spoilt["text"].replace("=", "-", 1)
+    (ratio,) = first_error_ratios([spoilt])
+    assert -30 < ratio < 30
+    head = json.loads(gzip.decompress((tmp_path / "answers-0.jsonl.gz").read_bytes()).splitlines()[0])
+    sweep_quality.write_answers(tmp_path, head, records)
+    figures = quality_report.collect(tmp_path)
+    assert [row["label"] for row in figures["rows"]] == ["target T=1"]
+    assert figures["lossless"]["1"]["answers"] == 8  # the target, and N = 4 with exact_below = 1
+    assert "tokens_per_second" not in figures["rows"][0]
+    assert str(tmp_path) not in json.dumps(figures)
+    (target, smc) = figures["errors"]
+    assert (target["label"], smc["label"]) == ("target T=1", "smc N=4 K=8 T=1")
+    assert sum(target["wrong_per_hundred"]) >= 25
