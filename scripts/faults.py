@@ -15,6 +15,8 @@ import contextlib
 import json
 import os
 import platform
+import re
+import resource
 import shutil
 import signal
 import socket
@@ -58,6 +60,7 @@ STREAM = {
     "seed": 1,
 }
 LONG, SHORT = 900, 4
+PROMPT = "hello " * 160  # of a request that is still in its prefill when it is struck
 COMMANDS = {
     "executor": "executor_process",
     "tritonserver": "bin/tritonserver",
@@ -89,22 +92,45 @@ def over_openai(service: Served, tokens: int) -> str:
     return text
 
 
-def over_grpc(service: Served, tokens: int) -> list[int]:
+def over_grpc(service: Served, tokens: int, **other: Any) -> list[int]:
     """A streamed answer of model smc; returns its tokens."""
     with TritonClient(f"127.0.0.1:{service.state['grpc']}") as client:
-        values = {**STREAM, "max_tokens": tokens}
-        answer = client.stream("smc", values, timeout_s=LIMIT_S if tokens == LONG else 3.0)
+        values = {**STREAM, "max_tokens": tokens, **other}
+        answer = client.stream("smc", values, timeout_s=3.0 if tokens == SHORT else LIMIT_S)
         return [int(token) for response in answer for token in response["output_ids"].ravel()]
 
 
 def in_flight(service: Served, part: str, count: int = 2) -> tuple[list[threading.Thread], list[tuple[str, float]]]:
     """Long streams through the part; their ends and when they came."""
-    ends: list[tuple[str, float]] = []
     ask = over_openai if part == "openai" else over_grpc
+    threads, ends = clients(lambda: ask(service, LONG), count)
+    service.wait(lambda: service.status().get("running", 0) >= count, LIMIT_S, "streams run")
+    return threads, ends
+
+
+def in_prefill(service: Served) -> tuple[list[threading.Thread], list[tuple[str, float]]]:
+    """Requests with long prompts, of which some have not begun to answer."""
+
+    def prefilling() -> bool:
+        return any(request["phase"] == "prefill" for request in service.status().get("live", ()))
+
+    threads, ends = clients(lambda: long_prompt(service), 16)
+    service.wait(prefilling, LIMIT_S, "a prompt is being read")
+    return threads, ends
+
+
+def long_prompt(service: Served) -> list[int]:
+    """A request whose prompt takes many times the memory of its answer."""
+    return over_grpc(service, 1, text_input=PROMPT, cache_prompt=False)
+
+
+def clients(ask: Callable[[], object], count: int) -> tuple[list[threading.Thread], list[tuple[str, float]]]:
+    """Threads that ask; how each ended and when."""
+    ends: list[tuple[str, float]] = []
 
     def run() -> None:
         try:
-            ask(service, LONG)
+            ask()
             end = "whole"
         except ServingError as error:
             end = error.status
@@ -115,7 +141,6 @@ def in_flight(service: Served, part: str, count: int = 2) -> tuple[list[threadin
     threads = [threading.Thread(target=run, daemon=True) for _ in range(count)]
     for thread in threads:
         thread.start()
-    service.wait(lambda: service.status().get("running", 0) >= count, LIMIT_S, "streams run")
     return threads, ends
 
 
@@ -130,7 +155,11 @@ def running_service(service: Served, fault: str, part: str, phase: str, want: li
     """A fault of a service that is idle or streams; it must come back by itself."""
     # the state file names new processes only when they are ready
     service.wait(lambda: all(map(command_line, service.pids.values())) and service.works(), LIMIT_S, "it works before")
-    threads, ends = in_flight(service, part) if phase == "streaming" else ([], [])
+    threads, ends = [], []
+    if phase == "streaming":
+        threads, ends = in_flight(service, part)
+    elif phase == "prefill":
+        threads, ends = in_prefill(service)
     struck = strike(service, part, fault)
     for thread in threads:
         thread.join(LIMIT_S)
@@ -324,6 +353,58 @@ def files(engine: Path, folder: Path) -> Iterator[tuple[str, Callable[[], Row]]]
             return {"clients": ["whole"], "status": service.stop()}
 
     yield "disk full for logs", disk_full_for_logs
+    yield "the executor gets no more memory, long prompts", lambda: memory_ends(engine)
+    yield "the clock jumps by three days, streaming", lambda: clock_jumps(engine, folder)
+
+
+def memory_ends(engine: Path) -> Row:
+    """No byte of memory more than the executor has: what it asks for next is refused, in the middle of requests."""
+    env = {"MALLOC_MMAP_THRESHOLD_": "8192"}  # so that tensors are asked for anew, and not made of what was freed
+    with serve(engine, *WATCH, env=env) as service:
+        want, pid = over_grpc(service, SHORT), service.pids["executor"]
+        used = int(Path(f"/proc/{pid}/statm").read_text().split()[5]) * resource.getpagesize()
+        resource.prlimit(pid, resource.RLIMIT_DATA, (used, used))
+        struck = time.monotonic()
+        threads, ends = clients(lambda: long_prompt(service), 16)
+        for thread in threads:
+            thread.join(LIMIT_S)
+        if "whole" in {end for end, _ in ends} or len(ends) < len(threads):
+            raise FaultError(f"answers without memory, or none: {ends}")
+        error_s = max(at for _, at in ends) - struck
+
+        def works() -> bool:
+            with contextlib.suppress(ServingError):
+                return over_grpc(service, SHORT) == want
+            return False
+
+        service.wait(works, LIMIT_S, "a request succeeds again")
+        back_s = time.monotonic() - struck
+        seen = sorted({end for end, _ in ends})
+        return {"clients": seen, "error_s": round(error_s, 2), "back_s": round(back_s, 2), "ended": service.stop()}
+
+
+def clock_jumps(engine: Path, folder: Path) -> Row:
+    """The time of day jumps ahead and back while streams run, for every process: nobody may notice."""
+    library, shift = folder / "clock_jump.so", folder / "shift"
+    source = Path(__file__).with_name("clock_jump.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
+    shift.write_text("0")
+    env = {"LD_PRELOAD": str(library), "CLOCK_JUMP": str(shift)}
+    with serve(engine, *WATCH, env=env) as service:
+        want, logged = over_grpc(service, SHORT), service.log.count("restart")
+        threads, ends = in_flight(service, "executor")
+        for days in (3, -3, 0):
+            shift.write_text(str(days * 86400))
+            time.sleep(1)
+            if over_grpc(service, SHORT) != want:
+                raise FaultError(f"another answer {days} days off")
+        for thread in threads:
+            thread.join(LIMIT_S)
+        seen = sorted({end for end, _ in ends})
+        dates = set(re.findall(r'"time": "(\d+-\d+-\d+)T', service.log))
+        if seen != ["whole"] or service.log.count("restart") != logged or len(dates) != 3:
+            raise FaultError(f"streams ended {seen}, log of {sorted(dates)}: {service.log[-800:]}")
+        return {"clients": seen, "status": service.stop()}
 
 
 def _make_unreadable(weights: Path) -> Callable[[Path], object]:
@@ -372,7 +453,8 @@ def rows(engine: Path, folder: Path, wanted: str) -> Iterator[Row]:
 
 def lasting_rows(engine: Path, wanted: str) -> Iterator[Row]:
     """Faults that one and the same service must survive, one after the other."""
-    cases = [(fault, part, phase) for phase in ("streaming", "idle") for fault in SIGNALS for part in PARTS]
+    cases = [(fault, "executor", "prefill") for fault in SIGNALS]
+    cases += [(fault, part, phase) for phase in ("streaming", "idle") for fault in SIGNALS for part in PARTS]
     cases = [case for case in cases if wanted in "{} {}, {}".format(*case)]
     if not cases:
         return

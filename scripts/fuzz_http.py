@@ -28,6 +28,7 @@ from schemathesis.specs.openapi import checks
 from served import serve, tiny_engine
 
 ANSWER_S = 60.0
+MOST_EVENTS = 100_000  # of a stream; schemathesis hangs up after 100 otherwise, and the stream looks cut
 MOST_TOKENS, MOST_CHOICES, MOST_PARTICLES, MOST_DRAFTED, VOCABULARY = 6, 3, 4, 3, 256
 SMALL = {
     "max_tokens": MOST_TOKENS,
@@ -136,6 +137,7 @@ def fuzz(address: str, model: str, cases: int, seed: int) -> dict[str, Any]:
         the report: cases and statuses by endpoint and kind, and findings.
     """
     schema = schemathesis.openapi.from_url(f"{address}/openapi.json")
+    schema.config.max_stream_events = MOST_EVENTS
     operations = [result.ok() for result in schema.get_all_operations()]
     posts = sum(operation.method == "post" for operation in operations)
     rows, findings, began = {}, [], time.monotonic()
@@ -187,6 +189,8 @@ def main() -> int:
         with serve(engine) as service:
             report = fuzz(service.url("openai"), service.model, options.cases, options.seed)
             service.wait(service.idle, ANSWER_S, "no page is held")
+            if "Traceback" in service.log:
+                report["findings"].append(service.log[service.log.index("Traceback") :][:3000])
             report |= {"restarts": "restart" in service.log, "schemathesis": version("schemathesis")}
     for name, statuses in report["statuses"].items():
         print(f"{name:<36}", "  ".join(f"{status}: {count}" for status, count in statuses.items()))

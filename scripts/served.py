@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,21 +136,24 @@ class Served:
 
 
 @contextlib.contextmanager
-def serve(engine: Path | str, *options: str, wait: bool = True) -> Iterator[Served]:
+def serve(
+    engine: Path | str, *options: str, wait: bool = True, env: Mapping[str, str] | None = None
+) -> Iterator[Served]:
     """Run smc-serve while the block runs.
 
     Args:
         options: further ones of its command line.
         wait: until it is ready.
+        env: variables beside this process's.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ports = [f"--{port}-port=0" for port in ("http", "grpc", "metrics", "openai", "status")]
         command = [sys.executable, "-m", "smc_engines.serve_cli", "--engine", str(engine), *ports]
         command += ["--state-file", str(folder / "state.json"), *options]
-        env = {"OMP_NUM_THREADS": "1", **os.environ}
+        variables = {"OMP_NUM_THREADS": "1", **os.environ, **(env or {})}
         with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=variables, start_new_session=True)
         served = Served(process, folder, Path(engine))
         try:
             if wait:
