@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from smc_build.builder import build_engine
+from smc_build.command_line import CommandParser
 from smc_build.engine_dir import Manifest, load_manifest, tokenizer_path, write_manifest
 from smc_build.machine import format_bytes
 from smc_build.plan import DEFAULT_MAX_SEQ_LEN, BuildOptions, BuildPlan, option_defaults
@@ -224,7 +225,7 @@ def _tactics_table(tactics: dict[str, Any]) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     defaults = option_defaults()
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="smc-build",
         description="Turn a target and a draft checkpoint into an engine directory.",
         epilog=f"presets:\n{preset_list()}",

@@ -32,7 +32,10 @@ _USABLE_MEMORY = 0.9
 _TENSORS_IN_MEMORY = 3
 _SMALL_BUCKETS = (8, 16, 32, 48, 64, 96, 112, 128)
 _ROLES: tuple[Role, ...] = ("target", "draft")
-_LIMITS = {"particles": (1, 256), "draft_tokens": (0, 64), "groups": (1, 256), "page_size": (1, 256), "tp": (1, 64)}
+_LIMITS = {
+    **{"particles": (1, 256), "draft_tokens": (0, 64), "groups": (1, 256), "page_size": (1, 256), "tp": (1, 64)},
+    "seed": (0, 2**63 - 1),
+}
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def resolve(name: str) -> ModelSource:
     """
     path = Path(name)
     preset = PRESETS.get(name)
-    if path.is_dir():
+    if path.is_dir() and name:
         return ModelSource(path.resolve().name, read_config(path), path, None, stores_fp8(path))
     if preset is None:
         raise ConfigError(

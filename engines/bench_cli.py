@@ -24,6 +24,7 @@ from typing import Any, get_args
 import torch
 
 from smc_build.builder import BuildOptions
+from smc_build.command_line import CommandParser
 from smc_build.engine_dir import Role
 from smc_engines.bench import collectives, plot, profiling, report
 from smc_engines.bench.floor import copy_bandwidth
@@ -59,9 +60,7 @@ class Plan:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of smc-bench."""
-    parser = argparse.ArgumentParser(
-        prog="smc-bench", description="Time target, speculative and smc decoding side by side."
-    )
+    parser = CommandParser(prog="smc-bench", description="Time target, speculative and smc decoding side by side.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--engine", metavar="DIR", help="engine directory made by smc-build")
     source.add_argument("--preset", metavar="NAME", help="shapes of a preset or folder with its draft, random weights")

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from smc_build.command_line import CommandParser
 from smc_engines.config import ExecutorConfig
 from smc_engines.eval import plot, report
 from smc_engines.eval.runner import Answers, Work, run
@@ -35,7 +36,7 @@ from smc_plugin.errors import ConfigError, SmcError
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of smc-eval."""
-    parser = argparse.ArgumentParser(prog="smc-eval", description="Measure the quality of settings beside their cost.")
+    parser = CommandParser(prog="smc-eval", description="Measure the quality of settings beside their cost.")
     parser.add_argument("--engine", required=True, metavar="DIR", help="engine directory made by smc-build")
     parser.add_argument("--task", choices=TASKS, default="chain", help="default %(default)s")
     parser.add_argument(

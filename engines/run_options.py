@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
+from smc_build.command_line import CommandParser
 from smc_engines.config import DraftSchedule, ExecutorConfig
 from smc_engines.region_choice import RegionChoice
 from smc_engines.sampling_params import Mode, SamplingParams, Select
@@ -130,20 +130,6 @@ _EXECUTOR: tuple[tuple[str, str, dict[str, Any]], ...] = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, but a wrong option exits 1 like every other user error and names the closest one."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(1, f"{self.prog}: {message}{self._closest(message)} (--help lists the options)\n")
-
-    def _closest(self, message: str) -> str:
-        if not message.startswith("unrecognized arguments:"):
-            return ""
-        wrong = message.split(": ", 1)[1].split(maxsplit=1)[0]
-        close = difflib.get_close_matches(wrong, list(self._option_string_actions), n=1)
-        return f": did you mean {close[0]}?" if close else ""
-
-
 def parse(argv: Sequence[str] | None = None) -> RunOptions:
     """Read the command line.
 
@@ -186,7 +172,7 @@ def _check(options: RunOptions) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = CommandParser(
         prog="smc-run", description="Generate text with an engine directory that smc-build made.", allow_abbrev=False
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="prompt, or the user's message; - reads it")

@@ -41,6 +41,27 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return error
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            ["--particles", "abc"],
+            "smc-build: argument --particles: invalid int value: 'abc' (--help lists the options)\n",
+        ),
+        (["--partcles", "4"], "smc-build: unrecognized arguments: --partcles 4: did you mean --particles?"),
+    ],
+)
+def test_options_that_do_not_parse_are_one_line_and_exit_1(
+    capsys: pytest.CaptureFixture[str], option: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--checkpoint", "t", *option])
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith(message)
+    assert error.count("\n") == 1
+
+
 def edit_config(path: Path, **values: Any) -> None:
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, **values}))
@@ -156,6 +177,8 @@ def test_the_plan_says_what_each_rank_gets(folder: Path, capsys: pytest.CaptureF
         (["--checkpoint", "t", "--draft", "d", "--dtype", "fp7"], "expected one of float32, bfloat16, fp8"),
         (["--checkpoint", "t", "--draft", "d", "--compiler", "tensorrt"], "smc-engine[tensorrt]"),
         (["--checkpoint", "t", "--draft", "d", "--particles", "0"], "--particles is 0, expected 1 to 256"),
+        (["--checkpoint", "t", "--draft", "d", "--seed", "-1"], "--seed is -1, expected 0 to"),
+        (["--checkpoint", "", "--draft", "d"], "'' is neither a folder nor a preset"),
         (["--checkpoint", "t", "--draft", "d", "--draft-tokens", "65"], "--draft-tokens is 65"),
         (["--checkpoint", "t", "--draft", "d", "--groups", "0"], "--groups is 0"),
         (["--checkpoint", "t", "--draft", "d", "--page-size", "12"], "power of two"),

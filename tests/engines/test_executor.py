@@ -305,6 +305,24 @@ def test_cancelling_waiting_running_and_unknown_requests(toy: Toy) -> None:
     assert_empty(executor)
 
 
+def test_a_cancelled_request_is_gone_with_the_next_step(toy: Toy) -> None:
+    executor = toy.executor(max_groups=2)
+    for name in ("a", "b"):
+        executor.submit(
+            name, toy.prompt, replace(PARAMS, max_tokens=12, num_draft_tokens=1, cache_prompt=False, ignore_eos=True)
+        )
+    executor.step()
+    executor.step()
+    both = executor.pool.used_pages()
+    executor.cancel("a")
+    executor.step()
+    assert list(executor.scheduler.requests) == ["b"]
+    assert 0 < executor.pool.used_pages() <= both / 2 + 1  # b may have begun a page
+    executor.cancel("b")
+    executor.step()
+    assert executor.pool.used_pages() == 0
+
+
 def test_stats_count_what_runs_and_what_was_said(toy: Toy) -> None:
     executor = toy.executor(max_groups=1)
     for name in ("a", "b"):

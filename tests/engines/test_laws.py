@@ -80,9 +80,10 @@ def test_equal_models_have_log_evidence_zero_and_never_resample(toy: Toy, folder
     params = replace(BASE, num_particles=8, num_draft_tokens=3, ess_threshold=0.99)
     outputs = sample(twin.executor(**GROUPS), toy.prompt, params, 300, seed=5)
     for output in outputs:
-        assert info_of(output).log_evidence == pytest.approx(0, abs=1e-4)
+        # p and q are of one model, but of passes of other shapes, which round in float32
+        assert info_of(output).log_evidence == pytest.approx(0, abs=1e-5)
         assert info_of(output).resamples == 0
-        assert max(abs(particle.log_weight) for particle in info_of(output).particles) < 1e-4
+        assert max(abs(particle.log_weight) for particle in info_of(output).particles) < 1e-5
     law = toy.law(params)
     groups = merge_rare(law, 0.02)
     expected = [sum(law[answer] for answer in group) for group in groups]

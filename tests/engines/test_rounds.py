@@ -329,9 +329,15 @@ def test_a_round_reads_nothing_back_and_branches_on_no_value(
 ) -> None:
     rounds = []
 
+    def refuse(tensor, *arguments, **options):
+        raise AssertionError("a tensor's memory is read")
+
     def watched(context, state, slots):
         rounds.append(context.kind)
-        with NoHostReads():
+        # these read memory without an operation that a dispatch mode sees
+        with NoHostReads(), pytest.MonkeyPatch.context() as patch:
+            for name in ("tolist", "numpy", "cpu", "__array__"):
+                patch.setattr(torch.Tensor, name, refuse)
             return run_round(context, state, slots)
 
     monkeypatch.setattr(launch, "run_round", watched)
