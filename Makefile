@@ -27,12 +27,14 @@ BUILD := --particles 16 --draft-tokens 8 --max-seq-len 2048
 WORKERS ?= 3
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 RUN := --n 8 --k 4 --temperature 0.7 --seed 2 --max-tokens 120
+HASHED := --no-deps --require-hashes
+DEV_REQUIREMENTS := $(patsubst %,requirements/%.txt,dev fp8 mpi serve-test tensorrt)
 CHECKED := build smc_plugin engines triton_repo scripts tests
 SERVE_ENV := .venv-serve
 SERVE := --openai-port 8080
 SOAK := --seconds 600
 
-.PHONY: demo test lint bench serve serve-env soak faults models clean
+.PHONY: demo test lint bench serve serve-env soak faults models hashes audit clean
 .DELETE_ON_ERROR:
 
 demo: $(ENGINE)/manifest.json
@@ -62,11 +64,20 @@ serve-env: $(VENV)/.serve-installed $(SERVE_ENV)/.installed
 
 models: $(DRAFT)/config.json
 
+# what the hashed requirements are made of lies beside them
+hashes:
+	@for file in $(basename $(notdir $(wildcard requirements/*.in))); do \
+		uv pip compile requirements/$$file.in --no-deps --generate-hashes --no-annotate --python-version 3.11 --quiet \
+			--custom-compile-command "make hashes" --output-file requirements/$$file.txt || exit 1; done
+
+audit:
+	pip-audit --disable-pip --progress-spinner off $(patsubst %.in,-r %.txt,$(wildcard requirements/*.in))
+
 clean:
 	rm -rf $(VENV) $(SERVE_ENV) .models $(ENGINE) .pytest_cache .ruff_cache .hypothesis dist
 	find $(CHECKED) -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch first: what comes later must not choose another version of it
+# Hashed and complete, so nothing is resolved. Then torch, of which each kind of machine has a build of its own.
 $(VENV)/.runtime-installed: requirements/torch.txt requirements/runtime.txt pyproject.toml
 ifeq ($(PYTHON),)
 	$(error no Python 3.11, 3.12 or 3.13 was found, one is needed: install it, or name it with make PYTHON=/path/to/python3.11)
@@ -74,30 +85,27 @@ endif
 	@echo "setting up $(VENV) with $(PYTHON) (some minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "$(PYTHON) could not make a virtual environment: install its venv package (python3-venv)" >&2; exit 1; }
-	@$(PIP) -r requirements/torch.txt -c requirements/runtime.txt
-	@$(PIP) -r requirements/torch.txt -r requirements/runtime.txt
+	@$(PIP) $(HASHED) -r requirements/runtime.txt
+	@$(PIP) -r requirements/torch.txt
 	@$(PIP) --no-deps -e .
 	@touch $@
 
-$(VENV)/.dev-installed: $(VENV)/.serve-installed requirements/dev.txt requirements/fp8.txt requirements/mpi.txt \
-		requirements/tensorrt.txt requirements/serve-test.txt
+$(VENV)/.dev-installed: $(VENV)/.serve-installed $(DEV_REQUIREMENTS)
 	@echo "adding what tests and lint need"
-	@$(PIP) -r requirements/torch.txt -r requirements/runtime.txt -r requirements/serve.txt -r requirements/serve-test.txt \
-		-r requirements/fp8.txt -r requirements/mpi.txt -r requirements/dev.txt
-	@$(PIP) --no-deps -r requirements/tensorrt.txt
+	@$(PIP) $(HASHED) $(DEV_REQUIREMENTS:%=-r %)
 	@touch $@
 
 $(VENV)/.serve-installed: $(VENV)/.runtime-installed requirements/serve.txt
 	@echo "adding what serving needs"
-	@$(PIP) -r requirements/torch.txt -r requirements/runtime.txt -r requirements/serve.txt
+	@$(PIP) $(HASHED) -r requirements/serve.txt
 	@touch $@
 
 # an environment of its own, because the server's Python backend needs numpy below 2
 $(SERVE_ENV)/.installed: requirements/serve-stub.txt requirements/serve-server.txt | $(VENV)/.runtime-installed
 	@echo "setting up $(SERVE_ENV) with the Triton Inference Server"
 	@test -x $(SERVE_ENV)/bin/python || $(PYTHON) -m venv $(SERVE_ENV)
-	@$(SERVE_ENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements/serve-stub.txt
-	@$(SERVE_ENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps -r requirements/serve-server.txt
+	@$(SERVE_ENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) $(HASHED) \
+		-r requirements/serve-stub.txt -r requirements/serve-server.txt
 	@touch $@
 
 # fetch_models.py keeps a folder that is there, so other shipped layers need the draft assembled anew

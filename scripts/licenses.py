@@ -17,7 +17,7 @@ REQUIREMENTS = Path(__file__).parents[1] / "requirements"
 def pinned() -> dict[str, str]:
     """Version by package name, over all requirements files."""
     found = {}
-    for path in sorted(REQUIREMENTS.glob("*.txt")):
+    for path in sorted((*REQUIREMENTS.glob("*.in"), REQUIREMENTS / "torch.txt")):
         for line in path.read_text().splitlines():
             if match := re.match(r"([A-Za-z0-9._-]+)==([^ ;]+)", line):
                 found[match[1]] = match[2]
