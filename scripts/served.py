@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from smc_engines.serving.process import command_line, group_members
 from smc_engines.serving.triton_client import ServingError, TritonClient
 
 START_S = 600
+NO_EXECUTOR = 503
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
 
@@ -101,8 +103,13 @@ class Served:
 
     def status(self) -> dict[str, Any]:
         """The detailed report; empty while there is no executor."""
-        with urllib.request.urlopen(f"{self.url('status')}/status.json", timeout=20) as answer:
-            return json.load(answer)
+        try:
+            with urllib.request.urlopen(f"{self.url('status')}/status.json", timeout=20) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            if error.code != NO_EXECUTOR:
+                raise
+            return {}
 
     def wait(self, true: Callable[[], bool], timeout_s: float, what: str) -> float:
         """Wait until something holds; returns after how many seconds.
