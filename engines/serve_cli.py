@@ -66,6 +66,9 @@ def _parser(defaults: ServeOptions) -> argparse.ArgumentParser:
     add("host", str, "address to listen on")
     add("http-port", int, "HTTP of Triton Inference Server; 0 is any free port")
     add("grpc-port", int, "gRPC of Triton Inference Server")
+    add("grpc-cert", str, "TLS certificate of the gRPC port, PEM; with --grpc-key")
+    add("grpc-key", str, "private key of that certificate, PEM")
+    add("grpc-ca", str, "who signed it, PEM; left out for one that signed itself")
     add("metrics-port", int, "Prometheus metrics")
     add("openai-port", int, "OpenAI-compatible HTTP front; left out unless given")
     add("openai-api-key-file", str, "the OpenAI front asks for one of the keys in this file, one a line")
@@ -147,7 +150,7 @@ def _serve(options: ServeOptions) -> None:
         if not supervisor.stopping:
             limits = (manifest.max_particles, manifest.max_draft_tokens if manifest.draft is not None else 0)
             print(
-                _addresses(ports, chosen, time.monotonic() - started, limits, options.openai_cert is not None),
+                _addresses(ports, chosen, time.monotonic() - started, limits, options),
                 flush=True,
             )
         supervisor.watch()
@@ -168,15 +171,24 @@ def _check_door(options: ServeOptions) -> None:
 
     if options.openai_api_key_file is not None:
         read_keys(options.openai_api_key_file)
-    if (options.openai_cert is None) != (options.openai_key is None):
-        raise ConfigError("--openai-cert and --openai-key belong together, got one of them: pass both or none")
-    if options.openai_cert is not None and options.openai_key is not None:
+    _check_certificate("openai", "the OpenAI front", options.openai_cert, options.openai_key)
+    _check_certificate("grpc", "the gRPC port", options.grpc_cert, options.grpc_key)
+    if options.grpc_ca is not None and (options.grpc_cert is None or not Path(options.grpc_ca).is_file()):
+        raise ConfigError(
+            f"--grpc-ca is {options.grpc_ca}, expected a PEM file beside --grpc-cert and --grpc-key: correct it or leave it out"
+        )
+
+
+def _check_certificate(door: str, name: str, certificate: str | None, key: str | None) -> None:
+    if (certificate is None) != (key is None):
+        raise ConfigError(f"--{door}-cert and --{door}-key belong together, got one of them: pass both or none")
+    if certificate is not None and key is not None:
         try:
-            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(options.openai_cert, options.openai_key)
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"the certificate of the OpenAI front cannot be used ({error}), expected PEM files that belong together: "
-                "correct --openai-cert and --openai-key"
+                f"the certificate of {name} cannot be used ({error}), expected PEM files that belong together: correct "
+                f"--{door}-cert and --{door}-key"
             ) from None
 
 
@@ -232,10 +244,10 @@ def _port(host: str, name: str, port: int | None) -> int | None:
 
 
 def _addresses(
-    ports: Ports, chosen: dict[str, int | None], elapsed_s: float, limits: tuple[int, int], secure: bool
+    ports: Ports, chosen: dict[str, int | None], elapsed_s: float, limits: tuple[int, int], options: ServeOptions
 ) -> str:
     host, grpc = ports.host, ports.grpc
-    base, openai = f"http://{host}", f"http{'s' if secure else ''}://{host}"
+    base, openai = f"http://{host}", f"http{'s' if options.openai_cert is not None else ''}://{host}"
     lines = [
         f"ready in {elapsed_s:.1f} s",
         f"  gRPC          {host}:{grpc}  (models smc, ensemble, tensorrt_llm_bls, tensorrt_llm)",
@@ -246,9 +258,12 @@ def _addresses(
         lines.append(f"  OpenAI        {openai}:{chosen['--openai-port']}/v1")
     if chosen["--status-port"] is not None:
         lines.append(f"  status page   {base}:{chosen['--status-port']}/")
+    trust = options.trust
+    trusted = "" if trust is None else f" --grpc-ca {trust.ca} --grpc-name {trust.name}"
     # few particles and draft tokens: the engine's largest, the default, are slow on a processor
     n, k = (min(4, limit) for limit in limits)
-    client = f'{sys.executable} -m smc_engines.serving.client --grpc {host}:{grpc} --n {n} --k {k} "The capital of France is"'
+    client = f"{sys.executable} -m smc_engines.serving.client --grpc {host}:{grpc}{trusted} --n {n} --k {k}"
+    client += ' "The capital of France is"'
     return "\n".join([*lines, "try it:", f"  {client}"])
 
 

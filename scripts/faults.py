@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -32,6 +33,7 @@ from typing import Any
 import httpx
 from served import Served, serve, tiny_engine
 
+from smc_build.builder import BuildOptions, build_engine
 from smc_engines.serving.process import command_line, group_members
 from smc_engines.serving.triton_client import ServingError, TritonClient
 
@@ -319,6 +321,7 @@ def files(engine: Path, folder: Path) -> Iterator[tuple[str, Callable[[], Row]]]
             "expected a file inside the engine directory",
         ),
     }
+    yield "a flipped bit in a plan", lambda: flipped_plan(engine, folder, executor)
     for name, (damage, words) in damages.items():
         yield name, lambda damage=damage, words=words: refused([*executor, str(spoil(engine, folder, damage))], words)
     yield (
@@ -390,6 +393,15 @@ def memory_ends(engine: Path) -> Row:
         back_s = time.monotonic() - struck
         seen = sorted({end for end, _ in ends})
         return {"clients": seen, "error_s": round(error_s, 2), "back_s": round(back_s, 2), "ended": service.stop()}
+
+
+def flipped_plan(engine: Path, folder: Path, executor: list[str]) -> Row:
+    """An engine with plans of the real TensorRT-RTX builder, one of them damaged."""
+    model = engine.parent
+    options = BuildOptions(str(model / "target"), draft=str(model / "draft"), output=folder / "plans", dtype="bfloat16")
+    build_engine(dataclasses.replace(options, compiler="tensorrt-rtx", particles=2, draft_tokens=2, groups=1))
+    flip(next((folder / "plans").glob("target/plans/*.plan")))
+    return refused([*executor, str(folder / "plans")], "is damaged: SHA-256")
 
 
 def clock_jumps(engine: Path, folder: Path) -> Row:

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from smc_build.command_line import CommandParser
+from smc_engines.serving.grpc_tls import Trust
 from smc_plugin.errors import SmcError
 
 
@@ -21,6 +22,8 @@ def main() -> int:
     parser = CommandParser(prog="smc-client", description="Stream one answer from a served engine.")
     parser.add_argument("prompt")
     parser.add_argument("--grpc", default="127.0.0.1:8001", help="host:port (default 127.0.0.1:8001)")
+    parser.add_argument("--grpc-ca", metavar="FILE", help="certificates to trust where that port has TLS, PEM")
+    parser.add_argument("--grpc-name", metavar="NAME", help="name in its certificate, where it is not the address")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float)
@@ -67,7 +70,8 @@ def _stream(triton_client: ModuleType, options: argparse.Namespace) -> None:
     }
     values |= {name: value for name, value in optional.items() if value is not None}
     start, last = time.perf_counter(), {}
-    with triton_client.TritonClient(options.grpc) as client:
+    trust = Trust(options.grpc_ca, options.grpc_name) if options.grpc_ca else None
+    with triton_client.TritonClient(options.grpc, trust) as client:
         for response in client.stream("smc", values):
             print(triton_client.text_of(response), end="", flush=True)
             last = response

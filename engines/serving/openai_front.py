@@ -27,6 +27,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from tritonclient.utils import InferenceServerException
 
+from smc_engines.serving.grpc_tls import Trust, client_arguments
 from smc_engines.serving.openai_answers import (
     Answer,
     ErrorAnswer,
@@ -64,20 +65,21 @@ def _answers(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     return {200: {"model": whole, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
-def create_app(grpc_address: str, model_name: str, keys: Sequence[bytes] = ()) -> FastAPI:
+def create_app(grpc_address: str, model_name: str, keys: Sequence[bytes] = (), trust: Trust | None = None) -> FastAPI:
     """The front as an ASGI application.
 
     Args:
         grpc_address: host:port of the Triton Inference Server.
         model_name: what /v1/models lists; requests must name it.
         keys: API keys, of which a request must send one; without any the API is open.
+        trust: whom to trust where that port has TLS.
     """
     started = int(time.time())
     clients: dict[str, grpcaio.InferenceServerClient] = {}
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        clients["grpc"] = grpcaio.InferenceServerClient(grpc_address)
+        clients["grpc"] = grpcaio.InferenceServerClient(grpc_address, **client_arguments(trust))
         yield
         await clients["grpc"].close()
 
@@ -312,6 +314,8 @@ def main() -> None:
     """Parse the command line and serve."""
     parser = argparse.ArgumentParser(prog="smc-openai-front", description="OpenAI-compatible HTTP over gRPC.")
     parser.add_argument("--grpc", required=True, help="host:port of the Triton Inference Server")
+    parser.add_argument("--grpc-ca", help="certificates to trust where that port has TLS, PEM")
+    parser.add_argument("--grpc-name", help="name in its certificate")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--model-name", required=True)
@@ -319,8 +323,10 @@ def main() -> None:
     parser.add_argument("--cert", help="TLS certificate, PEM")
     parser.add_argument("--key", help="its private key, PEM")
     options = parser.parse_args()
+    keys = read_keys(options.api_key_file) if options.api_key_file else ()
+    trust = Trust(options.grpc_ca, options.grpc_name) if options.grpc_ca else None
     uvicorn.run(
-        create_app(options.grpc, options.model_name, read_keys(options.api_key_file) if options.api_key_file else ()),
+        create_app(options.grpc, options.model_name, keys, trust),
         host=options.host,
         port=options.port,
         log_level="warning",

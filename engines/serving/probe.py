@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from smc_engines.serving.grpc_tls import Trust
 from smc_engines.serving.triton_client import ServingError, TritonClient
 
 _INPUTS: dict[str, dict[str, Any]] = {
@@ -25,17 +26,24 @@ _INPUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def probe(grpc_address: str, model: str, timeout_s: float, more_s: Callable[[], float] = lambda: 0.0) -> str | None:
+def probe(
+    grpc_address: str,
+    model: str,
+    timeout_s: float,
+    more_s: Callable[[], float] = lambda: 0.0,
+    trust: Trust | None = None,
+) -> str | None:
     """Probe one model.
 
     Args:
+        trust: see TritonClient.
         more_s: see TritonClient.stream.
     Returns:
         None if it works, else what is wrong.
     """
     values = _INPUTS[model] or {"stream": np.ones((1, 1), np.bool_)}
     try:
-        with TritonClient(grpc_address) as client:
+        with TritonClient(grpc_address, trust) as client:
             # to its end: the server (2.51) loses a file descriptor to one in twenty clients that cancel and hang up at once
             if list(client.stream(model, values, parameters={"smc_probe": True}, timeout_s=timeout_s, more_s=more_s)):
                 return None

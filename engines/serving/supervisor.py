@@ -36,6 +36,7 @@ from smc_build.engine_dir import load_manifest
 from smc_engines.parallel.launch import rank_command, rank_environment
 from smc_engines.serving import tritonserver
 from smc_engines.serving.control import ControlLine
+from smc_engines.serving.grpc_tls import Trust, certified_name, client_arguments
 from smc_engines.serving.logs import Log
 from smc_engines.serving.probe import Prober, probe, probe_front
 from smc_engines.serving.process import command_line, end, group_members, kill_group, spawn
@@ -64,6 +65,7 @@ class ServeOptions:
         engine: engine directory.
         host: address that every port listens on.
         openai_port, status_port: 0 is any free port, None leaves the part out.
+        grpc_cert, grpc_key: PEM files for TLS of the gRPC port. grpc_ca: who signed it, where it did not sign itself.
         openai_api_key_file: with keys that the OpenAI front asks for. openai_cert, openai_key: PEM files for its TLS.
         max_queue: requests that may wait for others to end; one more is refused at once.
         drain_s: how long running streams may go on after SIGTERM.
@@ -78,6 +80,9 @@ class ServeOptions:
     metrics_port: int = 8002
     openai_port: int | None = None
     status_port: int | None = 8003
+    grpc_cert: str | None = None
+    grpc_key: str | None = None
+    grpc_ca: str | None = None
     openai_api_key_file: str | None = None
     openai_cert: str | None = None
     openai_key: str | None = None
@@ -115,6 +120,13 @@ class ServeOptions:
                 )
         if self.device not in DEVICES:
             raise ConfigError(f"--device is {self.device!r}, expected one of {', '.join(DEVICES)}: choose one")
+
+    @property
+    def trust(self) -> Trust | None:
+        """What clients of the gRPC port need on this machine."""
+        if self.grpc_cert is None:
+            return None
+        return Trust(self.grpc_ca or self.grpc_cert, certified_name(self.grpc_cert))
 
 
 def _flag(name: str) -> str:
@@ -182,7 +194,7 @@ class Supervisor:
         self, options: ServeOptions, installation: Installation, ports: Ports, openai_port: int | None
     ) -> None:
         self.options, self.ports, self.openai_port = options, ports, openai_port
-        self._installation = installation
+        self._installation, self._trust = installation, options.trust
         self._log = Log("supervisor")
         self._tp = load_manifest(Path(options.engine), verify=False).tp
         remove_leftovers()
@@ -263,14 +275,14 @@ class Supervisor:
     def _answers(self, name: str) -> bool:
         if name == FRONT:
             return self._probe_front(START_PROBE_S) is None
-        return probe(self.grpc_address, name, START_PROBE_S) is None
+        return probe(self.grpc_address, name, START_PROBE_S, trust=self._trust) is None
 
     def _probe_front(self, timeout_s: float) -> str | None:
         return probe_front(self.ports.host, self.openai_port or 0, self.options.openai_cert is not None, timeout_s)
 
     def _probes(self) -> dict[str, Callable[[float, float], str | None]]:
         def of_model(model: str, timeout_s: float, started: float) -> str | None:
-            return probe(self.grpc_address, model, timeout_s, lambda: self._late_probe_s(model, started))
+            return probe(self.grpc_address, model, timeout_s, lambda: self._late_probe_s(model, started), self._trust)
 
         def of_front(timeout_s: float, _started: float) -> str | None:
             return self._probe_front(timeout_s)
@@ -379,7 +391,7 @@ class Supervisor:
 
     def _reload(self, model: str) -> bool:
         try:
-            with contextlib.closing(grpcclient.InferenceServerClient(self.grpc_address)) as client:
+            with contextlib.closing(self._connect()) as client:
                 client.unload_model(model)
                 client.load_model(model)
         except InferenceServerException as error:
@@ -391,13 +403,16 @@ class Supervisor:
     def _wait_for_server(self) -> None:
         """Until a restarted server has loaded its models; it may also die meanwhile, which the next look sees."""
         limit = time.monotonic() + SERVER_START_S
-        with contextlib.closing(grpcclient.InferenceServerClient(self.grpc_address)) as client:
+        with contextlib.closing(self._connect()) as client:
             while time.monotonic() < limit and self.server.process is not None and self.server.process.poll() is None:
                 with contextlib.suppress(InferenceServerException):
                     if client.is_server_ready(client_timeout=1.0):
                         break
                 time.sleep(TICK_S)
         self._find_stubs()
+
+    def _connect(self) -> grpcclient.InferenceServerClient:
+        return grpcclient.InferenceServerClient(self.grpc_address, **client_arguments(self._trust))
 
     def _find_stubs(self) -> dict[str, int]:
         """Process ids of the stubs, by model."""
@@ -421,12 +436,16 @@ class Supervisor:
         return self._spawn(executor_command(self.options, self._address, self._tp), environment)
 
     def _start_server(self) -> Popen[bytes]:
-        command = tritonserver.command(self._installation, self._backends, self.ports, self._shm_prefix)
+        cert, key = self.options.grpc_cert, self.options.grpc_key
+        tls = (cert, key) if cert is not None and key is not None else None
+        command = tritonserver.command(self._installation, self._backends, self.ports, self._shm_prefix, tls)
         return self._spawn(command, self._installation.environment(self._address))
 
     def _start_front(self) -> Popen[bytes]:
         command = [sys.executable, "-m", "smc_engines.serving.openai_front", "--grpc", self.grpc_address]
         command += ["--host", self.ports.host, "--port", str(self.openai_port)]
+        if self._trust is not None:
+            command += ["--grpc-ca", self._trust.ca, "--grpc-name", self._trust.name or ""]
         command += ["--model-name", Path(self.options.engine).resolve().name]
         for name in ("api_key_file", "cert", "key"):
             if (value := getattr(self.options, f"openai_{name}")) is not None:

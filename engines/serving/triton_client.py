@@ -21,6 +21,7 @@ from smc_adapter import protocol
 from smc_adapter.contracts import CONTRACTS
 from tritonclient.utils import InferenceServerException, deserialize_bytes_tensor, triton_to_np_dtype
 
+from smc_engines.serving.grpc_tls import Trust, client_arguments
 from smc_plugin.errors import SmcError
 
 _NUMPY = {
@@ -131,10 +132,11 @@ class TritonClient:
 
     Args:
         address: host:port of its gRPC endpoint.
+        trust: whom to trust, for an endpoint with TLS.
     """
 
-    def __init__(self, address: str) -> None:
-        self._client = grpcclient.InferenceServerClient(address, keepalive_options=KEEPALIVE)
+    def __init__(self, address: str, trust: Trust | None = None) -> None:
+        self._client = grpcclient.InferenceServerClient(address, keepalive_options=KEEPALIVE, **client_arguments(trust))
         self._keeps_stream = False
         self._idle: _Arrived | None = None  # what comes on a stream that is open and serves no call
 

@@ -174,8 +174,14 @@ class Ports:
     metrics: int
 
 
-def command(installation: Installation, backends: Path, ports: Ports, shm_prefix: str) -> Sequence[str]:
-    """The command line of the server: explicit model control, no GPU use of its own, everything on one address."""
+def command(
+    installation: Installation, backends: Path, ports: Ports, shm_prefix: str, tls: tuple[str, str] | None = None
+) -> Sequence[str]:
+    """The command line of the server: explicit model control, no GPU use of its own, everything on one address.
+
+    Args:
+        tls: PEM files of the gRPC port's certificate and key; its HTTP ports have no TLS.
+    """
     flags: Mapping[str, object] = {
         "model-repository": REPOSITORY,
         "backend-directory": backends,
@@ -195,5 +201,7 @@ def command(installation: Installation, backends: Path, ports: Ports, shm_prefix
         "metrics-port": ports.metrics,
     }
     options = [f"--{name}={value}" for name, value in flags.items()]
+    if tls is not None:
+        options += ["--grpc-use-ssl=true", f"--grpc-server-cert={tls[0]}", f"--grpc-server-key={tls[1]}"]
     options.append("--disable-auto-complete-config")
     return [str(installation.binary), *options, *(f"--load-model={name}" for name in MODELS)]

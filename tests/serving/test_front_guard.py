@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import shlex
 import shutil
 import ssl
 import subprocess
@@ -15,7 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from smc_engines.serving import client as command_line_client
 from smc_engines.serving import openai_guard
+from smc_engines.serving.grpc_tls import Trust
+from smc_engines.serving.triton_client import ServingError, TritonClient
 from tests.serving.service import Service
 
 KEYS = ("first-key-of-this-test", "second-key-of-this-test")
@@ -29,13 +33,34 @@ def guarded(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("guard")
     cert, key, keys = (folder / name for name in ("cert.pem", "key.pem", "keys"))
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    make += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    make += ["-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost", "-keyout", str(key), "-out", str(cert)]
     subprocess.run(make, check=True, capture_output=True)
     keys.write_text("# who may come in\n" + "\n".join(KEYS) + "\n")
     options = ("--openai-api-key-file", str(keys), "--openai-cert", str(cert), "--openai-key", str(key))
-    service = Service(engine, folder, *options)
+    service = Service(engine, folder, *options, "--grpc-cert", str(cert), "--grpc-key", str(key))
     yield service, ssl.create_default_context(cafile=str(cert))
     assert service.stop() == 0
+
+
+def test_grpc_with_tls(
+    guarded: tuple[Service, ssl.SSLContext], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The watchdog and the front speak TLS too: the service is there, and its front answers (tests below)."""
+    service, _ = guarded
+    cert = str(service.log.parent / "cert.pem")
+    for trust in (Trust(cert), Trust(cert, "localhost")):
+        with TritonClient(service.grpc, trust) as client:
+            (answer,) = client.stream("smc", {"text_input": "hi", "max_tokens": 2})
+            assert answer["num_output_tokens"].item() > 0
+    for wrong in (None, Trust(cert, "elsewhere")):
+        with pytest.raises(ServingError, match=r"failed to connect|Socket closed|handshake|verif") as caught:
+            list(TritonClient(service.grpc, wrong).stream("smc", {"text_input": "hi", "max_tokens": 2}, timeout_s=10))
+        assert caught.value.status == "UNAVAILABLE"
+    shown = service.output().partition("try it:")[2].splitlines()[1]
+    assert f"--grpc-ca {cert} --grpc-name localhost" in shown
+    monkeypatch.setattr("sys.argv", ["smc-client", *shlex.split(shown)[3:], "--max-tokens", "3"])
+    assert command_line_client.main() == 0
+    assert "tokens in" in capsys.readouterr().out
 
 
 def ask(guarded: tuple[Service, ssl.SSLContext], path: str, key: str = "", body: bytes | None = None) -> int:
@@ -94,6 +119,8 @@ def test_addresses_say_https_and_keys_are_not_shown(guarded: tuple[Service, ssl.
         (["--openai-api-key-file", "missing"], "cannot read the API keys"),
         (["--openai-api-key-file", "short"], "none shorter than 16 characters"),
         (["--openai-cert", "short"], "belong together, got one of them"),
+        (["--grpc-key", "short"], "--grpc-cert and --grpc-key belong together, got one of them"),
+        (["--grpc-ca", "short"], "--grpc-ca is short, expected a PEM file beside --grpc-cert"),
         (["--openai-cert", "short", "--openai-key", "short"], "expected PEM files that belong together"),
     ],
 )
