@@ -74,7 +74,9 @@ def test_fp8_ranks_say_what_one_says(
     evidence = [[each["log_evidence"] for each in answers] for answers in (alone, expected["llama"])]
     # FP8 is not float32, which a target that was never quantized would have met.
     assert evidence[0] != pytest.approx(evidence[1], abs=0.01)
-    assert [(ours["error"], len(ours["tokens"])) for ours in random] == [("None", each["max_tokens"]) for each in PARAMS]
+    assert [(ours["error"], len(ours["tokens"])) for ours in random] == [
+        ("None", each["max_tokens"]) for each in PARAMS
+    ]
 
 
 def smollm2(folder: Path, tp: int) -> dict[str, Any]:
