@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
@@ -100,9 +101,14 @@ class Served:
         return False
 
     def status(self) -> dict[str, Any]:
-        """The detailed report; empty while there is no executor."""
-        with urllib.request.urlopen(f"{self.url('status')}/status.json", timeout=20) as answer:
-            return json.load(answer)
+        """The detailed report; empty while there is no executor, or none that smc-serve has found again."""
+        try:
+            with urllib.request.urlopen(f"{self.url('status')}/status.json", timeout=20) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            if error.code != 503:
+                raise
+            return {}
 
     def wait(self, true: Callable[[], bool], timeout_s: float, what: str) -> float:
         """Wait until something holds; returns after how many seconds.

@@ -48,6 +48,7 @@ CRASH_LIMIT, CRASH_WINDOW_S = 5, 60.0
 DRAIN_MARGIN_S = 15.0
 STALL_S = 5.0  # unloading one model takes a second or two where other work is going on
 SERVER_START_S = 60.0
+FIRST_ANSWER_S = 5.0
 TURNS_OF_A_PROBE = 4  # turns of the executor within which it has surely answered a probe that reached it
 LATE_PROBE_S = 1.0
 
@@ -172,7 +173,7 @@ class Supervisor:
         return [self.executor, self.server] + ([self.front] if self.openai_port is not None else [])
 
     def start(self) -> None:
-        """Start everything and wait until each model answers a real inference.
+        """Start everything and wait until each model answers a real inference, and the front a request.
 
         Raises:
             SmcError: a process ended, or the time is up.
@@ -182,7 +183,7 @@ class Supervisor:
         for part in self.parts:
             part.launch()
         limit = time.monotonic() + self.options.start_timeout_s
-        waiting = list(MODELS)
+        waiting = [*MODELS] + ([FRONT] if self.openai_port is not None else [])
         while waiting and not self.stopping:
             for part in self.parts:
                 if part.process is not None and part.process.poll() is not None:
@@ -192,10 +193,10 @@ class Supervisor:
                     )
             if time.monotonic() > limit:
                 raise SmcError(
-                    f"{', '.join(waiting)} did not answer, expected an inference within {self.options.start_timeout_s:g} s: "
+                    f"{', '.join(waiting)} did not answer, expected an answer within {self.options.start_timeout_s:g} s: "
                     "see the messages above, or raise --start-timeout"
                 )
-            if self.control.connected and probe(self.grpc_address, waiting[0], 5.0) is None:
+            if self._answers(waiting[0]):
                 waiting.pop(0)
             else:
                 time.sleep(TICK_S)
@@ -208,17 +209,23 @@ class Supervisor:
         )
         self._write_state()
 
+    def _answers(self, name: str) -> bool:
+        """Whether a model or the front answers within FIRST_ANSWER_S; models answer nothing without an executor."""
+        if name == FRONT:
+            return self._probe_front(FIRST_ANSWER_S) is None
+        return self.control.connected and probe(self.grpc_address, name, FIRST_ANSWER_S) is None
+
+    def _probe_front(self, timeout_s: float, _started: float = 0.0) -> str | None:
+        return probe_front(self.ports.host, self.openai_port or 0, self.options.openai_cert is not None, timeout_s)
+
     def _probes(self) -> dict[str, Callable[[float, float], str | None]]:
         def of_model(model: str, timeout_s: float, started: float) -> str | None:
             return probe(self.grpc_address, model, timeout_s, lambda: self._late_probe_s(model, started))
 
-        def of_front(timeout_s: float, _started: float) -> str | None:
-            return probe_front(self.ports.host, self.openai_port or 0, self.options.openai_cert is not None, timeout_s)
-
         probes: dict[str, Callable[[float, float], str | None]] = {
             model: functools.partial(of_model, model) for model in MODELS
         }
-        return probes | ({FRONT: of_front} if self.openai_port is not None else {})
+        return probes | ({FRONT: self._probe_front} if self.openai_port is not None else {})
 
     def _late_probe_s(self, model: str, started: float) -> float:
         """How much longer to wait for a probe whose time is over, in seconds.
