@@ -9,6 +9,7 @@ then the exit status is 0 and no process, socket or shared memory is left. While
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import socket
 import ssl
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from smc_build.command_line import CommandParser
 from smc_build.engine_dir import load_manifest
 from smc_plugin.errors import ConfigError, SmcError
 
@@ -46,11 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SmcError as error:
         print(f"smc-serve: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"smc-serve: {error}, expected it to work: check the disk, addresses and permissions", file=sys.stderr)
+        return 1
     return 0
 
 
 def _parser(defaults: ServeOptions) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="smc-serve", description="Serve an engine directory.")
+    parser = CommandParser(prog="smc-serve", description="Serve an engine directory.")
 
     def add(name: str, kind: type, text: str) -> None:
         default = getattr(defaults, name.replace("-", "_"))
@@ -105,6 +110,7 @@ def _serve(options: ServeOptions) -> None:
     manifest = load_manifest(Path(options.engine), verify=False)
     status_port = None if options.status_port is None or options.status_port < 0 else options.status_port
     _check_door(options)
+    _check_paths(options)
     wanted = {
         "--http-port": options.http_port,
         "--grpc-port": options.grpc_port,
@@ -174,6 +180,20 @@ def _check_door(options: ServeOptions) -> None:
             ) from None
 
 
+def _check_paths(options: ServeOptions) -> None:
+    """Find out before anything starts whether the address exists and the state file can be written."""
+    try:
+        socket.getaddrinfo(options.host, None)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(
+            f"--host {options.host!r} is no address here ({error}), expected one of this machine: correct it"
+        ) from None
+    if options.state_file is not None and not os.access(Path(options.state_file).resolve().parent, os.W_OK):
+        raise ConfigError(
+            f"--state-file {options.state_file} cannot be written, expected a folder that exists: correct the path"
+        )
+
+
 def _warning(options: ServeOptions) -> str:
     """What an address beyond this machine opens; empty for the loopback."""
     if options.host == "localhost" or options.host.startswith("127."):
@@ -197,7 +217,12 @@ def _port(host: str, name: str, port: int | None) -> int | None:
         return None
     if port == 0:
         with socket.socket() as free:
-            free.bind((host, 0))
+            try:
+                free.bind((host, 0))
+            except OSError as error:
+                raise ConfigError(
+                    f"--host {host} cannot be listened on ({error.strerror}), expected an address of this machine: correct it"
+                ) from None
             return free.getsockname()[1]
     with socket.socket() as probe:
         probe.settimeout(1.0)

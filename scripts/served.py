@@ -29,6 +29,7 @@ from smc_engines.serving.process import command_line, group_members
 from smc_engines.serving.triton_client import ServingError, TritonClient
 
 START_S = 600
+NO_EXECUTOR = 503
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
 
@@ -103,12 +104,12 @@ class Served:
         return False
 
     def status(self) -> dict[str, Any]:
-        """The detailed report; empty while there is no executor, or none that smc-serve has found again."""
+        """The detailed report; empty while there is no executor."""
         try:
             with urllib.request.urlopen(f"{self.url('status')}/status.json", timeout=20) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
-            if error.code != 503:
+            if error.code != NO_EXECUTOR:
                 raise
             return {}
 

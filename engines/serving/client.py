@@ -9,15 +9,16 @@ import argparse
 import json
 import sys
 import time
+from types import ModuleType
 from typing import Any
 
-from smc_engines.serving.triton_client import TritonClient, text_of
+from smc_build.command_line import CommandParser
 from smc_plugin.errors import SmcError
 
 
 def main() -> int:
     """Parse the command line, stream one answer."""
-    parser = argparse.ArgumentParser(prog="smc-client", description="Stream one answer from a served engine.")
+    parser = CommandParser(prog="smc-client", description="Stream one answer from a served engine.")
     parser.add_argument("prompt")
     parser.add_argument("--grpc", default="127.0.0.1:8001", help="host:port (default 127.0.0.1:8001)")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message")
@@ -29,14 +30,29 @@ def main() -> int:
     parser.add_argument("--seed", type=int)
     options = parser.parse_args()
     try:
-        _stream(options)
+        from smc_engines.serving import triton_client  # noqa: PLC0415 (the packages of an optional extra)
+    except ModuleNotFoundError as error:
+        print(
+            f"smc-client: {error.name} is not installed, expected the extra 'serve': run pip install 'smc-engine[serve]'",
+            file=sys.stderr,
+        )
+        return 1
+    try:
+        _stream(triton_client, options)
     except SmcError as error:
-        print(f"smc-client: {error}", file=sys.stderr)
+        print(f"smc-client: {_told(error, options.grpc)}", file=sys.stderr)
         return 1
     return 0
 
 
-def _stream(options: argparse.Namespace) -> None:
+def _told(error: SmcError, address: str) -> str:
+    """An error with its remedy; gRPC's own words for a server that is not there have none."""
+    if "failed to connect" not in str(error):
+        return str(error)
+    return f"nothing answers at {address}, expected smc-serve's gRPC port: start it, or correct --grpc"
+
+
+def _stream(triton_client: ModuleType, options: argparse.Namespace) -> None:
     values: dict[str, Any] = {"stream": True, "max_tokens": options.max_tokens}
     if options.chat:
         values["messages"] = json.dumps([{"role": "user", "content": options.prompt}])
@@ -51,9 +67,9 @@ def _stream(options: argparse.Namespace) -> None:
     }
     values |= {name: value for name, value in optional.items() if value is not None}
     start, last = time.perf_counter(), {}
-    with TritonClient(options.grpc) as client:
+    with triton_client.TritonClient(options.grpc) as client:
         for response in client.stream("smc", values):
-            print(text_of(response), end="", flush=True)
+            print(triton_client.text_of(response), end="", flush=True)
             last = response
     elapsed = time.perf_counter() - start
 

@@ -194,6 +194,12 @@ class Message(BaseModel):
     role: str
     content: str | list[dict[str, Any]] | None = None
 
+    @property
+    def calls_tools(self) -> bool:
+        """Whether it asks for a tool or is a tool's answer; no chat template here is told of either."""
+        extra = self.model_extra or {}
+        return any(extra.get(name) for name in ("tool_calls", "function_call", "tool_call_id"))
+
     def plain(self) -> dict[str, str]:
         """Role and text."""
         if not isinstance(self.content, list):
@@ -243,6 +249,18 @@ class ChatRequest(_Request):
         if self.max_completion_tokens is not None:
             values["max_tokens"] = self.max_completion_tokens
         return values
+
+    def check(self) -> None:
+        """See _Request; two unlike limits would leave one of them unheard."""
+        super().check()
+        if self.max_completion_tokens is not None and self.max_tokens not in (None, self.max_completion_tokens):
+            raise FrontError(
+                f"max_tokens and max_completion_tokens mean the same, got {self.max_tokens} and "
+                f"{self.max_completion_tokens}: drop one of them",
+                param="max_completion_tokens",
+            )
+        if any(message.calls_tools for message in self.messages):
+            raise FrontError("messages with tool calls are not served, expected text: leave them out", param="messages")
 
     def prompts(self) -> list[dict[str, Any]]:
         """The conversation; the executor applies the engine's chat template."""

@@ -45,6 +45,7 @@ class _Served:
     deadline: float | None
     timeout_ms: int | None
     overdue: bool = False
+    cut_off: bool = False  # a drain's time was over before its end
     probe: bool = False
 
 
@@ -132,7 +133,8 @@ class ExecutorService:
             return False
         late = time.monotonic() >= self._drain_until
         if late:
-            for request_id in self._served:
+            for request_id, served in self._served.items():
+                served.cut_off = True
                 self._executor.cancel(request_id)
         return not self._executor.has_work and (self._outbox.empty or late)
 
@@ -329,6 +331,13 @@ class ExecutorService:
                 f"{len(output.token_ids)} tokens: raise the timeout or lower max_tokens"
             )
             self._send_error(served.identity, output.request_id, protocol.DEADLINE, message)
+        elif served.cut_off and output.finish_reason == "cancelled":
+            self._tally.counts["failed"] += 1
+            message = (
+                f"the service shut down, expected an end within --drain {self._drain_s:g} s, got {len(output.token_ids)} "
+                "tokens: try again on another instance"
+            )
+            self._send_error(served.identity, output.request_id, protocol.UNAVAILABLE, message)
         else:
             self._tally.counts["cancelled"] += output.finish_reason == "cancelled"
             self._put_output(served, output, {"finish": output.finish_reason, "info": self._info(served, output)})

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
+import math
 import os
 import queue
 import resource
@@ -48,9 +50,10 @@ CRASH_LIMIT, CRASH_WINDOW_S = 5, 60.0
 DRAIN_MARGIN_S = 15.0
 STALL_S = 5.0  # unloading one model takes a second or two where other work is going on
 SERVER_START_S = 60.0
-FIRST_ANSWER_S = 5.0
 TURNS_OF_A_PROBE = 4  # turns of the executor within which it has surely answered a probe that reached it
 LATE_PROBE_S = 1.0
+START_PROBE_S = 5.0
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,29 @@ class ServeOptions:
     state_file: str | None = None
     log_file: str | None = None
 
+    def __post_init__(self) -> None:
+        least = {"max_queue": 1, "max_groups": 1, "num_pages": 2}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ConfigError(f"{_flag(name)} is {value}, expected at least {low}: raise it")
+        for name in ("http_port", "grpc_port", "metrics_port", "openai_port", "status_port"):
+            value, low = getattr(self, name), -1 if name == "status_port" else 0
+            if value is not None and not low <= value < 2**16:
+                raise ConfigError(f"{_flag(name)} is {value}, expected {low} to 65535: choose another")
+        for name in ("start_timeout_s", "hang_timeout_s", "probe_interval_s", "probe_timeout_s", "drain_s"):
+            value, flag = getattr(self, name), _flag(name.removesuffix("_s"))
+            if not 0 <= value < math.inf or (value == 0 and name != "drain_s"):
+                raise ConfigError(
+                    f"{flag} is {value:g}, expected seconds above 0{' or 0' * (name == 'drain_s')}: correct it"
+                )
+        if self.device not in DEVICES:
+            raise ConfigError(f"--device is {self.device!r}, expected one of {', '.join(DEVICES)}: choose one")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
 
 def executor_command(options: ServeOptions, address: str, tp: int = 1) -> list[str]:
     """The command that starts the executor; with several ranks it is an mpirun."""
@@ -135,6 +161,20 @@ class Part:
         return len(self.starts) > CRASH_LIMIT and self.starts[-1] - self.starts[0] < CRASH_WINDOW_S
 
 
+def _appended(path: str | None) -> io.FileIO | None:
+    """The log file, open.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        return io.FileIO(path, "a") if path else None
+    except OSError as error:
+        raise ConfigError(
+            f"--log-file {path} cannot be written ({error.strerror}), expected a file: correct it"
+        ) from None
+
+
 class Supervisor:
     """Runs one served engine. Everything but the watchdog's probes happens in the caller's (main) thread."""
 
@@ -146,11 +186,11 @@ class Supervisor:
         self._log = Log("supervisor")
         self._tp = load_manifest(Path(options.engine), verify=False).tp
         remove_leftovers()
+        self._output = _appended(options.log_file)
         self.folder = Path(tempfile.mkdtemp(prefix=f"{RUNTIME_PREFIX}{os.getpid()}-"))
         self._shm_prefix = f"{RUNTIME_PREFIX}{os.getpid()}-"
         self._address = f"ipc://{self.folder}/executor"
         self._backends = tritonserver.prepare_backends(installation, self.folder)
-        self._output = open(options.log_file, "ab", buffering=0) if options.log_file else None  # noqa: SIM115
         self.executor = Part("executor", self._start_executor)
         self.server = Part("tritonserver", self._start_server)
         self.front = Part(FRONT, self._start_front)
@@ -173,7 +213,7 @@ class Supervisor:
         return [self.executor, self.server] + ([self.front] if self.openai_port is not None else [])
 
     def start(self) -> None:
-        """Start everything and wait until each model answers a real inference, and the front a request.
+        """Start everything and wait until each model answers a real inference, and the OpenAI front a request.
 
         Raises:
             SmcError: a process ended, or the time is up.
@@ -183,7 +223,7 @@ class Supervisor:
         for part in self.parts:
             part.launch()
         limit = time.monotonic() + self.options.start_timeout_s
-        waiting = [*MODELS] + ([FRONT] if self.openai_port is not None else [])
+        waiting = [*MODELS, FRONT] if self.openai_port is not None else list(MODELS)
         while waiting and not self.stopping:
             for part in self.parts:
                 if part.process is not None and part.process.poll() is not None:
@@ -196,7 +236,7 @@ class Supervisor:
                     f"{', '.join(waiting)} did not answer, expected an answer within {self.options.start_timeout_s:g} s: "
                     "see the messages above, or raise --start-timeout"
                 )
-            if self._answers(waiting[0]):
+            if self.control.connected and self._answers(waiting[0]):
                 waiting.pop(0)
             else:
                 time.sleep(TICK_S)
@@ -210,22 +250,24 @@ class Supervisor:
         self._write_state()
 
     def _answers(self, name: str) -> bool:
-        """Whether a model or the front answers within FIRST_ANSWER_S; models answer nothing without an executor."""
         if name == FRONT:
-            return self._probe_front(FIRST_ANSWER_S) is None
-        return self.control.connected and probe(self.grpc_address, name, FIRST_ANSWER_S) is None
+            return self._probe_front(START_PROBE_S) is None
+        return probe(self.grpc_address, name, START_PROBE_S) is None
 
-    def _probe_front(self, timeout_s: float, _started: float = 0.0) -> str | None:
+    def _probe_front(self, timeout_s: float) -> str | None:
         return probe_front(self.ports.host, self.openai_port or 0, self.options.openai_cert is not None, timeout_s)
 
     def _probes(self) -> dict[str, Callable[[float, float], str | None]]:
         def of_model(model: str, timeout_s: float, started: float) -> str | None:
             return probe(self.grpc_address, model, timeout_s, lambda: self._late_probe_s(model, started))
 
+        def of_front(timeout_s: float, _started: float) -> str | None:
+            return self._probe_front(timeout_s)
+
         probes: dict[str, Callable[[float, float], str | None]] = {
             model: functools.partial(of_model, model) for model in MODELS
         }
-        return probes | ({FRONT: self._probe_front} if self.openai_port is not None else {})
+        return probes | ({FRONT: of_front} if self.openai_port is not None else {})
 
     def _late_probe_s(self, model: str, started: float) -> float:
         """How much longer to wait for a probe whose time is over, in seconds.

@@ -82,9 +82,14 @@ class Service:
         return TritonClient(self.grpc).stream(model, values, **{"timeout_s": 60, **options})
 
     def status(self) -> dict[str, Any]:
-        """The detailed report."""
-        with urllib.request.urlopen(self.url("status", "/status.json"), timeout=20) as answer:
-            return json.load(answer)
+        """The detailed report; empty (503) for the moment after a new executor's start in which the page knows none."""
+        try:
+            with urllib.request.urlopen(self.url("status", "/status.json"), timeout=20) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            if error.code != 503:
+                raise
+            return {}
 
     def post(self, path: str, body: Any) -> tuple[int, bytes]:
         """POST JSON to the HTTP endpoint."""

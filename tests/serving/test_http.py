@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import sys
 import time
 import urllib.error
 import urllib.parse
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from smc_engines.serving import client as command_line_client
 from smc_engines.serving.triton_client import ServingError
 from tests.serving.service import Service, minimal
 
@@ -176,6 +178,41 @@ def test_openai_errors(client: Any, change: dict[str, Any], status: int, message
     with pytest.raises(openai.APIStatusError, match=message) as caught:
         client.completions.create(**{"model": "tiny", "prompt": "x", "max_tokens": 2, **change})
     assert caught.value.status_code == status
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_tokens": 2, "max_completion_tokens": 3}, "mean the same, got 2 and 3: drop one of them"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "a", "type": "function"}]}]},
+            "messages with tool calls are not served",
+        ),
+        (
+            {"messages": [{"role": "tool", "content": "4", "tool_call_id": "a"}]},
+            "messages with tool calls are not served",
+        ),
+    ],
+)
+def test_openai_chat_refuses_what_would_be_dropped(client: Any, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=message):
+        client.chat.completions.create(**{"model": "tiny", "messages": [{"role": "user", "content": "x"}], **change})
+
+
+def test_the_client_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["smc-client", "--grpc", "127.0.0.1:1", "hi"])
+    assert command_line_client.main() == 1
+    told = capsys.readouterr().err
+    assert told == (
+        "smc-client: nothing answers at 127.0.0.1:1, expected smc-serve's gRPC port: start it, or correct --grpc\n"
+    )
+    monkeypatch.delitem(sys.modules, "smc_engines.serving.triton_client")
+    monkeypatch.delattr("smc_engines.serving.triton_client")
+    monkeypatch.setitem(sys.modules, "tritonclient", None)  # as where the extra is not installed
+    monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
+    assert command_line_client.main() == 1
+    told = capsys.readouterr().err
+    assert "is not installed, expected the extra 'serve': run pip install 'smc-engine[serve]'" in told
 
 
 def test_openai_client_that_hangs_up_frees_its_pages(service: Service, client: Any) -> None:

@@ -161,6 +161,12 @@ class _Row:
             raise InputError(f"input {name} must be the same in every row, got {rows}: split the batch")
         return rows[0]
 
+    def either(self, one: str, other: str, default: Any) -> Any:
+        """A value that has two names."""
+        if one in self._values and other in self._values:
+            raise InputError(f"inputs {one} and {other} mean the same, expected one: drop one of them")
+        return self.uniform(one, self.uniform(other, default))
+
     def flag(self, *names: str) -> bool:
         return any(self.uniform(name, False) for name in names)
 
@@ -543,8 +549,8 @@ def _parse_smc(row: _Row) -> Parsed:
     wants |= {"cumulative_logprob"} if row.flag("return_cumulative_logprob") else set()
     wants |= _PERF if row.flag("return_perf_metrics", "sampling_param_return_perf_metrics") else set()
     wants |= {"particles", "particle_log_weights"} if row.flag("return_particles") else set()
-    sequences = row.uniform("n", row.uniform("sampling_param_n", 1))
-    excluded = row.uniform("exclude_input_in_output", row.uniform("sampling_param_exclude_input_from_output", True))
+    sequences = row.either("n", "sampling_param_n", 1)
+    excluded = row.either("exclude_input_in_output", "sampling_param_exclude_input_from_output", True)
     return Parsed(
         subs=_subs(row.size, sequences, prompt, params),
         num_sequences=sequences,
