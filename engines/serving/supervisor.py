@@ -226,11 +226,7 @@ class Supervisor:
         waiting = [*MODELS, FRONT] if self.openai_port is not None else list(MODELS)
         while waiting and not self.stopping:
             for part in self.parts:
-                if part.process is not None and part.process.poll() is not None:
-                    raise SmcError(
-                        f"{part.name} ended with status {part.process.returncode} while starting, expected it to serve: see "
-                        "its messages above"
-                    )
+                self._see_it_start(part)
             if time.monotonic() > limit:
                 raise SmcError(
                     f"{', '.join(waiting)} did not answer, expected an answer within {self.options.start_timeout_s:g} s: "
@@ -248,6 +244,21 @@ class Supervisor:
             lambda *result: self._results.put(result),
         )
         self._write_state()
+
+    def _see_it_start(self, part: Part) -> None:
+        """Start a part that something killed once more; one that ended by itself has said why, and would again."""
+        status = None if part.process is None else part.process.poll()
+        if part.process is None or status is None:
+            return
+        if status >= 0 or part.crashing:
+            raise SmcError(
+                f"{part.name} ended with status {status} while starting, expected it to serve: see its messages above"
+            )
+        self._log.error("restart", name=part.name, reason=f"ended with status {status} while starting")
+        kill_group(part.process)
+        if part is self.server:
+            self._remove_shared_memory()
+        part.launch()
 
     def _answers(self, name: str) -> bool:
         if name == FRONT:
