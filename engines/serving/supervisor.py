@@ -53,6 +53,7 @@ SERVER_START_S = 60.0
 TURNS_OF_A_PROBE = 4  # turns of the executor within which it has surely answered a probe that reached it
 LATE_PROBE_S = 1.0
 START_PROBE_S = 5.0
+KILLED_BY_SIGNAL = 128  # mpirun's status when a signal ended a rank is more than this, by the signal's number
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -250,7 +251,7 @@ class Supervisor:
         status = None if part.process is None else part.process.poll()
         if part.process is None or status is None:
             return
-        if status >= 0 or part.crashing:
+        if 0 <= status <= KILLED_BY_SIGNAL or part.crashing:
             raise SmcError(
                 f"{part.name} ended with status {status} while starting, expected it to serve: see its messages above"
             )
