@@ -12,6 +12,7 @@
 #   WORKERS=0             test in that many processes at once; 0 in this one. Three keep two cores busy: the tests of
 #                         servers and of ranks mostly wait
 #   SOAK="--seconds 60"   how long to soak; --engine DIR soaks that one instead of a tiny random one
+#   FAULTS="--only stub"  which faults
 
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; done)
@@ -58,7 +59,7 @@ soak: serve-env
 	@$(BIN)/python scripts/soak.py $(SOAK)
 
 faults: serve-env
-	@$(BIN)/python scripts/faults.py
+	@$(BIN)/python scripts/faults.py $(FAULTS)
 
 serve-env: $(VENV)/.serve-installed $(SERVE_ENV)/.installed
 

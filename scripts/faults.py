@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import platform
@@ -26,12 +28,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
-from served import Served, serve, tiny_engine
+from served import Served, children, ranks_of, serve, tiny_engine
 
 from smc_build.builder import BuildOptions, build_engine
 from smc_engines.serving.process import command_line, group_members
@@ -53,6 +55,7 @@ WATCH = (
 )
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 PARTS = ("executor", "tritonserver", "stub", "openai")
+RANKS = ("rank 0", "rank 1")
 STREAM = {
     "text_input": "hello",
     "stream": True,
@@ -62,6 +65,7 @@ STREAM = {
     "seed": 1,
 }
 LONG, SHORT = 900, 4
+LEFT_S = 5.0  # a rank notices within this time that its mpirun is gone
 PROMPT = "hello " * 160  # of a request that is still in its prefill when it is struck
 COMMANDS = {
     "executor": "executor_process",
@@ -190,20 +194,13 @@ def running_service(service: Served, fault: str, part: str, phase: str, want: li
 
 def child(service: Served, part: str) -> int | None:
     """The process of a part while it starts, before the state file names it."""
-    groups = [
-        int(stat.parent.name) for stat in Path("/proc").glob("[0-9]*/stat") if _parent(stat) == service.process.pid
-    ]
+    groups = children(service.process.pid)
+    if part in RANKS:
+        return next((found[part] for group in groups if part in (found := ranks_of(group))), None)
     for pid in [member for group in groups for member in group_members(group)]:
         if any(COMMANDS[part] in argument for argument in command_line(pid)):
             return pid
     return None
-
-
-def _parent(stat: Path) -> int:
-    try:
-        return int(stat.read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
 
 
 def while_loading(engine: Path, fault: str, part: str) -> Row:
@@ -237,10 +234,18 @@ def while_loading(engine: Path, fault: str, part: str) -> Row:
 
 
 def left_by(service: Served) -> list[str]:
-    """What a service that wrote no state left: its folder, regions and processes carry its process id."""
-    own = f"smc-serve-{service.process.pid}-"
-    places = (Path(tempfile.gettempdir()), Path("/dev/shm"))
-    return [str(path) for place in places for path in place.glob(f"{own}*")]
+    """What an ended service still leaves after LEFT_S: processes, its folder and regions, all named after its process id."""
+    own, limit = f"smc-serve-{service.process.pid}-", time.monotonic() + LEFT_S
+
+    def found() -> list[str]:
+        pids = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+        live = [f"process {pid}" for pid in pids if any(own in argument for argument in command_line(pid))]
+        places = (Path(tempfile.gettempdir()), Path("/dev/shm"))
+        return live + [str(path) for place in places for path in place.glob(f"{own}*")]
+
+    while (left := found()) and time.monotonic() < limit:
+        time.sleep(0.1)
+    return left
 
 
 def while_draining(engine: Path, fault: str, part: str) -> Row:
@@ -260,7 +265,7 @@ def while_draining(engine: Path, fault: str, part: str) -> Row:
             thread.join(LIMIT_S)
             if thread.is_alive():
                 raise FaultError(f"a client still waits {LIMIT_S:g} s after the end")
-        left = service.leftovers(state)
+        left = left_by(service) or service.leftovers(state)
         return {"status": status, "ended_s": round(ended, 2), "clients": sorted({end for end, _ in ends}), "left": left}
 
 
@@ -463,28 +468,42 @@ def rows(engine: Path, folder: Path, wanted: str) -> Iterator[Row]:
     for name, work in files(engine, folder):
         if wanted in name:
             yield attempt(name, work)
-    yield from lasting_rows(engine, wanted)
-    for part in PARTS:
-        for fault in SIGNALS:
-            for phase in ("loading", "draining"):
-                work = while_loading if phase == "loading" else while_draining
-                if wanted in (name := f"{fault} {part}, {phase}"):
-                    yield attempt(name, lambda work=work, fault=fault, part=part: work(engine, fault, part))
-
-
-def lasting_rows(engine: Path, wanted: str) -> Iterator[Row]:
-    """Faults that one and the same service must survive, one after the other."""
     cases = [(fault, "executor", "prefill") for fault in SIGNALS]
     cases += [(fault, part, phase) for phase in ("streaming", "idle") for fault in SIGNALS for part in PARTS]
+    yield from lasting_rows(engine, cases, wanted)
+    yield from ending_rows(engine, PARTS, wanted)
+    yield from rank_rows(folder / "ranks", wanted)
+
+
+def rank_rows(folder: Path, wanted: str) -> Iterator[Row]:
+    """The ranks of an executor that is spread over two; a service for each phase, or it were restarted too often."""
+    phases = ("prefill", "streaming", "idle")
+    cases = list(itertools.product(SIGNALS, RANKS, (*phases, "loading", "draining")))
+    if not any(wanted in "{} {}, {}".format(*case) for case in cases):
+        return
+    engine = tiny_engine(folder, ranks=len(RANKS))
+    for phase in phases:
+        yield from lasting_rows(engine, [case for case in cases if case[2] == phase], wanted)
+    yield from ending_rows(engine, RANKS, wanted)
+
+
+def ending_rows(engine: Path, parts: tuple[str, ...], wanted: str) -> Iterator[Row]:
+    """Faults of a service that starts or drains: it ends with each."""
+    works = {"loading": while_loading, "draining": while_draining}
+    for part, fault, phase in itertools.product(parts, SIGNALS, works):
+        if wanted in (name := f"{fault} {part}, {phase}"):
+            yield attempt(name, functools.partial(works[phase], engine, fault, part))
+
+
+def lasting_rows(engine: Path, cases: Sequence[tuple[str, str, str]], wanted: str) -> Iterator[Row]:
+    """Faults that one and the same service must survive, one after the other: (fault, part, phase)."""
     cases = [case for case in cases if wanted in "{} {}, {}".format(*case)]
     if not cases:
         return
     with serve(engine, *WATCH) as service:
         want = over_grpc(service, SHORT)
-        for fault, part, phase in cases:
-            yield attempt(
-                f"{fault} {part}, {phase}", lambda case=(fault, part, phase): running_service(service, *case, want)
-            )
+        for case in cases:
+            yield attempt("{} {}, {}".format(*case), functools.partial(running_service, service, *case, want))
 
 
 def main() -> int:

@@ -33,7 +33,7 @@ NO_EXECUTOR = 503
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
 
-def tiny_engine(folder: Path) -> Path:
+def tiny_engine(folder: Path, ranks: int = 1) -> Path:
     """Build an engine of two tiny random models with a byte-level tokenizer in a new folder: no download, some seconds."""
     for name, seed in (("target", 0), ("draft", 1)):
         (folder / name).mkdir(parents=True)
@@ -46,6 +46,7 @@ def tiny_engine(folder: Path) -> Path:
         particles=8,
         draft_tokens=4,
         groups=16,
+        tp=ranks,
     )
     build_engine(dataclasses.replace(options, dtype="float32"))
     return folder / "tiny"
@@ -78,10 +79,11 @@ class Served:
 
     @property
     def pids(self) -> dict[str, int]:
-        """Process ids by part; the stubs as stub MODEL."""
+        """Process ids by part; the stubs as stub MODEL, the ranks of an executor that has several as rank NUMBER."""
         state = self.state
         stubs = {f"stub {model}": pid for model, pid in state["stubs"].items()}
-        return {"smc-serve": self.process.pid, **state["processes"], **stubs}
+        ranks = ranks_of(state["processes"]["executor"])
+        return {"smc-serve": self.process.pid, **state["processes"], **stubs, **ranks}
 
     def url(self, port: str) -> str:
         """http address of one of the ports."""
@@ -140,6 +142,30 @@ class Served:
         live += [str(pid) for pid in state["stubs"].values() if command_line(pid)]
         shared = [path.name for path in Path("/dev/shm").glob(f"{state['shm_prefix']}*")]
         return live + shared + ([state["folder"]] if Path(state["folder"]).exists() else [])
+
+
+def ranks_of(mpirun: int) -> dict[str, int]:
+    """Process ids of the live ranks that an mpirun started, as rank NUMBER; none of an executor that is no mpirun."""
+    found = {}
+    for pid in children(mpirun):
+        with contextlib.suppress(OSError):
+            variables = dict(
+                part.partition(b"=")[::2] for part in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            )
+            if rank := variables.get(b"OMPI_COMM_WORLD_RANK"):
+                found[f"rank {rank.decode()}"] = pid
+    return dict(sorted(found.items()))
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process started and that still run; no zombies."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
 
 
 @contextlib.contextmanager

@@ -37,8 +37,10 @@ class ControlLine:
 
     @property
     def silence_s(self) -> float:
-        """Seconds since the executor last said something; 0 while there is none."""
-        return time.monotonic() - self._heard_at if self._client.connected else 0.0
+        """Seconds since the executor last said something or, if it has not yet, was found; 0 while there is none."""
+        if not self._client.connected:
+            return 0.0
+        return time.monotonic() - max(self._heard_at, self._client.connected_at)
 
     def turns_since(self, moment: float) -> int:
         """Turns that the executor has surely begun and ended since a moment of the monotonic clock.

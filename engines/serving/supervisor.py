@@ -54,6 +54,7 @@ SERVER_START_S = 60.0
 TURNS_OF_A_PROBE = 4  # turns of the executor within which it has surely answered a probe that reached it
 LATE_PROBE_S = 1.0
 START_PROBE_S = 5.0
+KILLED_BY_SIGNAL = 128  # mpirun's status when a signal ended a rank is more than this, by the signal's number
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -241,7 +242,7 @@ class Supervisor:
                 self._see_it_start(part)
             if time.monotonic() > limit:
                 raise SmcError(
-                    f"{', '.join(waiting)} did not answer, expected an inference within {self.options.start_timeout_s:g} s: "
+                    f"{', '.join(waiting)} did not answer, expected an answer within {self.options.start_timeout_s:g} s: "
                     "see the messages above, or raise --start-timeout"
                 )
             if self.control.connected and self._answers(waiting[0]):
@@ -262,7 +263,7 @@ class Supervisor:
         status = None if part.process is None else part.process.poll()
         if part.process is None or status is None:
             return
-        if status >= 0 or part.crashing:
+        if 0 <= status <= KILLED_BY_SIGNAL or part.crashing:
             raise SmcError(
                 f"{part.name} ended with status {status} while starting, expected it to serve: see its messages above"
             )

@@ -14,6 +14,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,7 @@ class ExecutorClient:
         self._wake_out.setblocking(False)
         self._closing = False
         self.connected = False
+        self.connected_at = 0.0  # on the monotonic clock
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.DEALER)
         # IMMEDIATE: nothing is queued for an executor that is not there; a later one must not get old commands.
@@ -113,6 +115,7 @@ class ExecutorClient:
             event = parse_monitor_message(self._monitor.recv_multipart())["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self.send(self._hello)
+                self.connected_at = time.monotonic()
                 self.connected = True
             elif self.connected:
                 self.connected = False
