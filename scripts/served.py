@@ -146,14 +146,11 @@ class Served:
 
 def ranks_of(mpirun: int) -> dict[str, int]:
     """Process ids of the live ranks that an mpirun started, as rank NUMBER; none of an executor that is no mpirun."""
-    found = {}
+    found, name = {}, b"OMPI_COMM_WORLD_RANK="
     for pid in children(mpirun):
         with contextlib.suppress(OSError):
-            variables = dict(
-                part.partition(b"=")[::2] for part in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            )
-            if rank := variables.get(b"OMPI_COMM_WORLD_RANK"):
-                found[f"rank {rank.decode()}"] = pid
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            found |= {f"rank {part.removeprefix(name).decode()}": pid for part in variables if part.startswith(name)}
     return dict(sorted(found.items()))
 
 
