@@ -149,11 +149,10 @@ def ranks_of(mpirun: int) -> dict[str, int]:
     found = {}
     for pid in children(mpirun):
         with contextlib.suppress(OSError):
-            variables = dict(
-                part.partition(b"=")[::2] for part in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            )
-            if rank := variables.get(b"OMPI_COMM_WORLD_RANK"):
-                found[f"rank {rank.decode()}"] = pid
+            for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                name, _, value = variable.partition(b"=")
+                if name == b"OMPI_COMM_WORLD_RANK":
+                    found[f"rank {value.decode()}"] = pid
     return dict(sorted(found.items()))
 
 
