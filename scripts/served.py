@@ -146,11 +146,13 @@ class Served:
 
 def ranks_of(mpirun: int) -> dict[str, int]:
     """Process ids of the live ranks that an mpirun started, as rank NUMBER; none of an executor that is no mpirun."""
-    found, name = {}, b"OMPI_COMM_WORLD_RANK="
+    found = {}
     for pid in children(mpirun):
         with contextlib.suppress(OSError):
-            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            found |= {f"rank {part.removeprefix(name).decode()}": pid for part in variables if part.startswith(name)}
+            for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                name, _, value = variable.partition(b"=")
+                if name == b"OMPI_COMM_WORLD_RANK":
+                    found[f"rank {value.decode()}"] = pid
     return dict(sorted(found.items()))
 
 
