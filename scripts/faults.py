@@ -166,6 +166,7 @@ def running_service(service: Served, fault: str, part: str, phase: str, want: li
         threads, ends = in_flight(service, part)
     elif phase == "prefill":
         threads, ends = in_prefill(service)
+    logged = len(service.log)
     struck = strike(service, part, fault)
     for thread in threads:
         thread.join(LIMIT_S)
@@ -186,10 +187,16 @@ def running_service(service: Served, fault: str, part: str, phase: str, want: li
     back = time.monotonic() - struck
     service.wait(service.idle, LIMIT_S, "no page is held")
     seen = sorted({end for end, _ in ends})
-    row: Row = {"clients": seen, "back_s": round(back, 2)}
+    row: Row = {"clients": seen, "back_s": round(back, 2), "restarts": restarts(service.log[logged:])}
     if ends:
         row["error_s"] = round(max(at for _, at in ends) - struck, 2)
     return row
+
+
+def restarts(log: str) -> list[str]:
+    """What smc-serve restarted, and why, by a piece of its log."""
+    events = [json.loads(line) for line in log.splitlines() if '"event": "restart"' in line]
+    return [f"{event['name']} {event['reason']}" for event in events]
 
 
 def child(service: Served, part: str) -> int | None:

@@ -170,8 +170,8 @@ class Part:
 
     @property
     def crashing(self) -> bool:
-        """Whether it was started too often of late."""
-        return len(self.starts) > CRASH_LIMIT and self.starts[-1] - self.starts[0] < CRASH_WINDOW_S
+        """Whether it, having ended, was started too often of late."""
+        return len(self.starts) > CRASH_LIMIT and time.monotonic() - self.starts[0] < CRASH_WINDOW_S
 
 
 def _appended(path: str | None) -> io.FileIO | None:
@@ -356,7 +356,7 @@ class Supervisor:
         self._log.error("restart", name=part.name, reason=reason)
         if part.crashing:
             raise SmcError(
-                f"{part.name} ended {CRASH_LIMIT} times within {CRASH_WINDOW_S:g} s, expected it to serve: see its messages"
+                f"{part.name} ended {CRASH_LIMIT + 1} times within {CRASH_WINDOW_S:g} s, expected it to serve: see its messages"
             )
         if part.process is not None:
             kill_group(part.process)
