@@ -148,11 +148,11 @@ class BuildPlan:
     @property
     def whole_pass_bytes(self) -> int:
         """Bytes that the draft's matrices take a second time, in the order of passes in one launch; see whole_pass."""
-        if self.memory_name != "GPU memory" or self.draft is None or self.ranks("draft") > 1:
+        if self.memory_name != "GPU memory" or self.draft is None:
             return 0
         from smc_engines.region_choice import whole_pass_bytes  # noqa: PLC0415 - needs triton, which a GPU comes with
 
-        return whole_pass_bytes(self.draft.config, self.precisions["draft"], torch.device("cuda"))
+        return whole_pass_bytes(self.rank_configs["draft"], self.precisions["draft"], torch.device("cuda"))
 
     @property
     def num_pages(self) -> int:

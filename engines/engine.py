@@ -160,7 +160,7 @@ class Engine:
             own = weights(role, self.device, self.rank)
             regions = choose_regions(config.regions, manifest, role, own, path, self.scratch)
             kv_dtype = torch_dtype(self.precisions[role].kv)
-            whole_pass = choose_whole_pass(config.regions, manifest, role, own, config.kernels)
+            whole_pass = choose_whole_pass(config.regions, manifest, role, own, config.kernels, ranks)
             return PagedModel(
                 model_config, own, self.num_pages, self.page_size, regions, kernels, kv_dtype, ranks, whole_pass
             )
@@ -255,7 +255,8 @@ class Engine:
         configs = {role: self.manifest.model(role).rank_config for role in self.precisions}
         taken = sum(weight_bytes(configs[role], precision) for role, precision in self.precisions.items())
         for role, precision in self.precisions.items():
-            if takes_whole_passes(self.config.regions, self.manifest, role, self.device, self.config.kernels):
+            options = self.config.regions, self.manifest, role, self.device, self.config.kernels, self.ranks
+            if takes_whole_passes(*options):
                 taken += whole_pass_bytes(configs[role], precision, self.device)
         page_bytes = self.page_size * sum(
             configs[role].kv_bytes_per_token(precision.kv) for role, precision in self.precisions.items()

@@ -27,6 +27,7 @@ from smc_build.engine_dir import Manifest, Role
 from smc_build.model_config import ModelConfig
 from smc_build.precision import Precision
 from smc_engines.fused_regions import FusedRegions
+from smc_engines.parallel.ranks import Ranks
 from smc_engines.plan_runner import Scratch, load_plan_regions
 from smc_engines.regions import RegionRunner, SelectedRegions, TorchRegions
 from smc_engines.tactics import ModelTactics, Runner, tactics_of
@@ -82,11 +83,18 @@ def choose_regions(
 
 
 def takes_whole_passes(
-    choice: RegionChoice, manifest: Manifest, role: Role, device: torch.device, kernels: str = "auto"
+    choice: RegionChoice,
+    manifest: Manifest,
+    role: Role,
+    device: torch.device,
+    kernels: str = "auto",
+    ranks: Ranks | None = None,
 ) -> bool:
     """Whether a model's passes of few rows are one launch each on this device; see choose_whole_pass."""
     entry = manifest.model(role)
     if choice != "auto" or role != "draft" or device.type != "cuda" or kernels == "reference":
+        return False
+    if entry.rank_config.is_shard and (ranks is None or not ranks.shares_memory):
         return False
     if whole_pass_bytes(entry.rank_config, entry.precision, device) == 0:
         return False
@@ -95,19 +103,26 @@ def takes_whole_passes(
 
 
 def choose_whole_pass(
-    choice: RegionChoice, manifest: Manifest, role: Role, weights: Mapping[str, Tensor], kernels: str = "auto"
+    choice: RegionChoice,
+    manifest: Manifest,
+    role: Role,
+    weights: Mapping[str, Tensor],
+    kernels: str = "auto",
+    ranks: Ranks | None = None,
 ) -> WholePass | None:
     """Who computes a model's passes of few rows in one launch, or None.
 
     Args:
         choice, manifest, role, weights: see choose_regions.
         kernels: the executor's choice of kernels.
+        ranks: those that share the model; None where this process has all of it.
     """
-    if not takes_whole_passes(choice, manifest, role, weights["embed"].device, kernels):
+    if not takes_whole_passes(choice, manifest, role, weights["embed"].device, kernels, ranks):
         return None
     from smc_plugin.kernels.whole_pass import WholePass  # noqa: PLC0415 - importing it needs triton
 
-    return WholePass(shape_of(manifest.model(role).rank_config), weights)
+    config = manifest.model(role).rank_config
+    return WholePass(shape_of(config), weights, ranks if config.is_shard else None)
 
 
 def whole_pass_bytes(config: ModelConfig, precision: Precision, device: torch.device) -> int:
@@ -116,7 +131,7 @@ def whole_pass_bytes(config: ModelConfig, precision: Precision, device: torch.de
     from smc_plugin.kernels.whole_pass import WholePass  # noqa: PLC0415
 
     shape, gpu = shape_of(config), gpu_of(device)
-    if config.is_shard or precision.activations != "bfloat16" or not WholePass.suits(shape, gpu):
+    if precision.activations != "bfloat16" or not WholePass.suits(shape, gpu):
         return 0
     return WholePass.extra_bytes(shape, dtype_bytes(precision.matrices), gpu)
 

@@ -90,7 +90,8 @@ def tune_engine(engine: Engine, rows: Mapping[Role, Sequence[int]] | None = None
         model.regions = choose_regions(
             engine.config.regions, engine.manifest, role, model.weights, engine.plan_folder, engine.scratch
         )
-        if not takes_whole_passes(engine.config.regions, engine.manifest, role, engine.device, engine.config.kernels):
+        options = engine.config.regions, engine.manifest, role, engine.device, engine.config.kernels, engine.ranks
+        if not takes_whole_passes(*options):
             model.whole_pass = None
     return tactics
 

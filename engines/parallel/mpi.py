@@ -29,6 +29,8 @@ _SHORT_BYTES = 2048  # what MPIs send without waiting for the receiver
 class MpiRanks:
     """The ranks of MPI.COMM_WORLD (see Ranks)."""
 
+    shares_memory = False
+
     def __init__(self) -> None:
         from mpi4py import MPI  # noqa: PLC0415 - importing it starts MPI, which only a rank should do
 
@@ -58,6 +60,10 @@ class MpiRanks:
             return host.Get_rank()
         finally:
             host.Free()
+
+    def share_words(self, count: int) -> Tensor:
+        """See Ranks."""
+        raise NotImplementedError("processes on a CPU share no memory here")
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See Ranks; sums are made in float32 at least and rounded once."""

@@ -50,7 +50,9 @@ class NcclRanks:
         self.one_shot_bytes = 0
         self.timings: dict[int, dict[str, float]] = {}
         dist.all_reduce(torch.zeros(1, device=self._device))
-        if self._share_buffers():
+        self._shared: list[Tensor] = []
+        self.shares_memory = self._share_buffers()
+        if self.shares_memory:
             self._time()
 
     def _open_store(self) -> tuple[str, int]:
@@ -63,12 +65,8 @@ class NcclRanks:
         """Map every rank's buffers into every other's; False where this machine does not allow it."""
         failure = None
         try:
-            import torch.distributed._symmetric_memory as symmetric  # noqa: PLC0415 - private: may be missing or move
-
             for dtype in (torch.bfloat16, torch.float32):
-                buffer = symmetric.empty(_LARGEST_ONE_SHOT // dtype.itemsize, dtype=dtype, device=self._device)
-                symmetric.rendezvous(buffer, dist.group.WORLD)  # type: ignore[arg-type]
-                self._buffers[dtype] = buffer
+                self._buffers[dtype], _ = self._symmetric(_LARGEST_ONE_SHOT // dtype.itemsize, dtype)
         except Exception as error:  # whatever it is, NCCL is there
             failure = f"{type(error).__name__}: {error}"
         failures = [text for text in self._mpi.gather_objects(failure) if text is not None]
@@ -76,6 +74,23 @@ class NcclRanks:
             _log.warning("no peer-to-peer memory between the ranks (%s): NCCL does all collectives", failures[0])
             self._buffers.clear()
         return not failures
+
+    def _symmetric(self, count: int, dtype: torch.dtype) -> tuple[Tensor, list[int]]:
+        """Memory of every rank that all can reach: this rank's, and the addresses of all."""
+        import torch.distributed._symmetric_memory as symmetric  # noqa: PLC0415 - private: may be missing or move
+
+        own = symmetric.empty(count, dtype=dtype, device=self._device)
+        handle = symmetric.rendezvous(own, dist.group.WORLD)  # type: ignore[arg-type]
+        return own, [handle.get_buffer(rank, [count], dtype).data_ptr() for rank in range(self.size)]
+
+    def share_words(self, count: int) -> Tensor:
+        """See Ranks."""
+        own, addresses = self._symmetric(count, torch.int32)
+        own.fill_(-1)
+        self._shared.append(own)
+        torch.cuda.synchronize()
+        self.gather_objects(None)  # nobody writes into words that are not set yet
+        return torch.tensor(addresses, dtype=torch.int64, device=self._device)
 
     def _time(self) -> None:
         """Find the largest message that the one-shot exchange is faster for; rank 0's clock decides for all."""
@@ -141,6 +156,7 @@ class NcclRanks:
             torch.cuda.synchronize()
             self.gather_objects(None)  # NCCL's ends must not go while another rank still uses them
             self._buffers.clear()
+            self._shared.clear()
             dist.destroy_process_group()
         self._mpi.close()
 

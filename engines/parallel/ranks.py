@@ -23,6 +23,7 @@ class Ranks(Protocol):
 
     rank: int
     size: int
+    shares_memory: bool
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over the ranks, bit for bit the same on each; may overwrite x."""
@@ -30,6 +31,14 @@ class Ranks(Protocol):
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Stack a tensor of every rank: [...] to [size, ...]."""
+        ...
+
+    def share_words(self, count: int) -> Tensor:
+        """Where shares_memory holds: 32-bit words, all bits set, on each rank, that kernels of every rank can read and write.
+
+        Returns:
+            [size] int64, the addresses of the ranks' words, on the GPU; the words live as long as the ranks are connected.
+        """
         ...
 
     def gather_objects(self, value: Any) -> list[Any]:

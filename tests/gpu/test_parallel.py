@@ -26,6 +26,7 @@ from smc_engines.parallel.follower import follow
 from smc_engines.parallel.nccl import NcclRanks
 from smc_engines.sampling_params import SamplingParams
 from tests.gpu.helpers import relative_error
+from tests.gpu.test_whole_pass import BF16, LLAMA, RAGGED, Pass
 from tests.tiny_models import make_checkpoint
 from tests.toy import assert_empty, info_of
 
@@ -106,6 +107,28 @@ class TestCollectives:
         assert len({str(each) for each in ranks.gather_objects((ranks.one_shot_bytes, ranks.timings))}) == 1
         if ranks.rank == 0:
             print(f"one-shot up to {ranks.one_shot_bytes} bytes; microseconds {ranks.timings}")
+
+
+class TestWholePasses:
+    """A draft pass in one launch whose sums run over the ranks inside it."""
+
+    @pytest.mark.parametrize(("batch", "queries"), [(8, 1), (8, 2), (1, 1), (16, 1)])
+    def test_it_agrees_with_a_pass_in_steps(self, ranks: NcclRanks, batch: int, queries: int) -> None:
+        one = Pass(LLAMA, BF16, queries, RAGGED[:batch], ranks)
+        (found, found_pages), (expected, expected_pages) = one.run(True), one.run(False)
+        assert relative_error(found, expected) < 0.04
+        assert relative_error(found_pages.float(), expected_pages.float()) < 0.04
+        assert len(set(ranks.gather_objects(found.view(torch.uint8).cpu().numpy().tobytes()))) == 1
+
+    def test_results_do_not_depend_on_timing(self, ranks: NcclRanks) -> None:
+        """Passes of two numbers of rows in turn, one rank now and then late."""
+        passes = [Pass(LLAMA, BF16, queries, RAGGED[:8], ranks) for queries in (1, 2)]
+        expected = [one.run(True)[0] for one in passes]
+        for turn in range(200):
+            if turn % 7 == ranks.rank:
+                torch.cuda._sleep(2_000_000)
+            one, wanted = passes[turn % 2], expected[turn % 2]
+            assert torch.equal(one.run(True)[0], wanted), turn
 
 
 def options(folder: Path, tp: int, dtype: str, **changes) -> BuildOptions:

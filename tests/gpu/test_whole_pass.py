@@ -10,9 +10,11 @@ from smc_build.dtypes import torch_dtype
 from smc_build.model_config import ModelConfig
 from smc_build.precision import Precision
 from smc_build.presets import PRESETS
+from smc_build.sharding import bind_head, rank_config, shard
 from smc_build.weights import weight_shapes
 from smc_engines.fused_regions import FusedRegions
 from smc_engines.model import PagedModel
+from smc_engines.parallel.ranks import Ranks
 from smc_engines.region_choice import shape_of
 from smc_plugin.kernels.launch import gpu_of
 from smc_plugin.kernels.whole_pass import WholePass
@@ -62,15 +64,22 @@ class Pass:
 
     Args:
         lengths: tokens that each sequence has in the pages.
+        ranks: who shares the model; None for a whole one.
     """
 
-    def __init__(self, config: ModelConfig, precision: Precision, queries: int, lengths: list[int]) -> None:
+    def __init__(
+        self, config: ModelConfig, precision: Precision, queries: int, lengths: list[int], ranks: Ranks | None = None
+    ) -> None:
         weights = random_weights(config, precision)
+        if ranks is not None:
+            weights = {name: shard(name, w, config, ranks.size, ranks.rank).clone() for name, w in weights.items()}
+            config = rank_config(config, ranks.size)
+            weights = bind_head(weights, config, ranks.rank)
         blocks = [-(-(length + queries) // 16) for length in lengths]
         kv_dtype = torch_dtype(precision.kv)
         self.model = PagedModel(
             config, weights, 1 + sum(blocks), 16, FusedRegions(config, weights), kv_dtype=kv_dtype,
-            whole_pass=WholePass(shape_of(config), weights),
+            ranks=ranks, whole_pass=WholePass(shape_of(config), weights, ranks),
         )  # fmt: skip
         self.whole = self.model.whole_pass
         generator = torch.Generator(DEVICE).manual_seed(1)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from smc_build.precision import Precision
 from smc_build.presets import PRESETS
+from smc_build.sharding import bind_head, rank_config
 from smc_build.weights import weight_shapes
 from smc_engines.fused_regions import FusedRegions
 from smc_engines.model import PagedModel
@@ -102,17 +103,32 @@ def test_models_that_suit() -> None:
     assert not WholePass.suits(llama, Gpu(shared_bytes=166912))
 
 
-def record(precision: Precision, batch: int, queries: int, max_context: int) -> list[launch.Recorded]:
-    """What a pass of a Llama-1B of two layers launches on an H100."""
-    config = dataclasses.replace(PRESETS["llama-1b"].config, num_layers=2)
+@dataclasses.dataclass
+class SomeRanks:
+    """As many ranks as asked for, on no device."""
+
+    size: int
+    rank: int = 0
+
+    def share_words(self, count: int) -> Tensor:  # noqa: ARG002 - as Peers has it
+        return torch.zeros(self.size, dtype=torch.int64, device="meta")
+
+
+def record(precision: Precision, batch: int, queries: int, max_context: int, ranks: int = 1) -> list[launch.Recorded]:
+    """What a pass of a Llama-1B of two layers launches on an H100; of several ranks, one's part."""
+    whole = dataclasses.replace(PRESETS["llama-1b"].config, num_layers=2)
+    config = whole if ranks == 1 else rank_config(whole, ranks)
     types = {name: getattr(torch, precision.dtype_of(name)) for name in weight_shapes(config, precision)}
     weights = {
         name: torch.empty(size, dtype=types[name], device="meta")
         for name, size in weight_shapes(config, precision).items()
     }
+    if ranks > 1:
+        weights = bind_head(weights, config, 0)
+    whole_pass = WholePass(shape_of(config), weights, SomeRanks(ranks) if ranks > 1 else None)
     model = PagedModel(
         config, weights, 512, 16, FusedRegions(config, weights), triton_kernels(),
-        kv_dtype=getattr(torch, precision.kv), whole_pass=WholePass(shape_of(config), weights),
+        kv_dtype=getattr(torch, precision.kv), whole_pass=whole_pass,
     )  # fmt: skip
     tokens = torch.zeros((batch, queries), dtype=torch.int64, device="meta")
     start = torch.zeros(batch, dtype=torch.int64, device="meta")
@@ -134,10 +150,11 @@ def test_few_rows_and_short_contexts_are_one_launch() -> None:
         assert "whole_pass_kernel" not in names(*many), many
 
 
-@pytest.mark.parametrize(("batch", "queries"), [(8, 1), (8, 2)])
+@pytest.mark.parametrize(("batch", "queries", "ranks"), [(8, 1, 1), (8, 2, 1), (8, 1, 2), (8, 2, 4)])
 @pytest.mark.parametrize("precision", [Precision.plain("bfloat16"), FP8], ids=["bfloat16", "fp8"])
-def test_the_kernel_compiles_for_hopper(precision: Precision, batch: int, queries: int) -> None:
-    compiled = compile_recorded(record(precision, batch, queries, MAX_CONTEXT)[-1])
+def test_the_kernel_compiles_for_hopper(precision: Precision, batch: int, queries: int, ranks: int) -> None:
+    compiled = compile_recorded(record(precision, batch, queries, MAX_CONTEXT, ranks)[-1])
+    assert ("st.relaxed.sys" in compiled.ptx) == (ranks > 1)
     assert compiled.name == "whole_pass_kernel"
     assert compiled.shared_bytes <= 227 * 1024
     assert compiled.spill_bytes <= 64  # at most a few values that are read once a layer

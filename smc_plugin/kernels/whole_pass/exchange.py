@@ -8,6 +8,11 @@ has left.
 
 Values come from many programs, and asking again for each in turn would add up. So a reader first waits for one value of every
 program, the last that it stores, and then loads all: few have to be asked for again.
+
+Ranks add up their parts of o and down in the same way: the program that has some columns on one rank stores its sums into the
+inbox of every rank, in peer-to-peer memory, and waits for those of the same program on the others. So there is no kernel and no
+barrier between a product and its sum. A program unsets its part of the other side of its own inbox, and says so by a fence
+before its last sum of the pass: a rank that starts the next pass has got that sum from all others.
 """
 
 from __future__ import annotations
@@ -116,7 +121,7 @@ def _settled_float(x, at):
         CHECK:
         setp.eq.u32 unset, $0, 0xffffffff;
         vote.sync.any.pred some, unset, 0xffffffff;
-        @unset ld.relaxed.gpu.global.b32 $0, [$2];
+        @unset ld.relaxed.sys.global.b32 $0, [$2];
         @some bra.uni CHECK;
         bar.warp.sync 0xffffffff;
         }
@@ -127,6 +132,84 @@ def _settled_float(x, at):
         is_pure=False,
         pack=1,
     )
+
+
+@gluon.jit
+def _send(x, at, inside):
+    """Store float32 where another GPU reads."""
+    gl.inline_asm_elementwise(
+        """
+        {
+        .reg .pred inside;
+        setp.ne.b32 inside, $3, 0;
+        @inside st.relaxed.sys.global.b32 [$2], $1;
+        mov.b32 $0, 0;
+        }
+        """,
+        "=r,r,l,r",
+        [x, at.to(gl.int64), inside.to(gl.int32)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def sum_over_ranks(x0, x1, peers, place, rank, ROWS: gl.constexpr, RANKS: gl.constexpr):
+    """The sums over the ranks of two tiles [16 rows, 8 columns]: each rank sends its own to all, and adds in their order.
+
+    `place` is where the unit's RANKS parts begin in an inbox of `peers`, in float32.
+    """
+    row = gl.arange(0, 16, layout=gl.SliceLayout(1, SUM))
+    eight = gl.arange(0, 8, layout=gl.SliceLayout(0, SUM))
+    inside = (row < ROWS)[:, None] & (eight >= 0)[None, :]
+    local = row[:, None] * 8 + eight[None, :]
+    PART: gl.constexpr = 16 * ROWS
+    for peer in gl.static_range(RANKS):
+        at = peers[peer] + place + rank * PART + local
+        _send(x0, at, inside)
+        _send(x1, at + 8 * ROWS, inside)
+    own = peers[RANKS] + place + local
+    found0, found1 = (), ()
+    for peer in gl.static_range(RANKS):
+        found0 = found0 + (gl.load(own + peer * PART, mask=inside, other=0.0, cache_modifier=".cg"),)
+        found1 = found1 + (gl.load(own + peer * PART + 8 * ROWS, mask=inside, other=0.0, cache_modifier=".cg"),)
+    total0, total1 = gl.zeros_like(x0), gl.zeros_like(x1)
+    for peer in gl.static_range(RANKS):
+        total0 += _settled_float(found0[peer], own + peer * PART)
+        total1 += _settled_float(found1[peer], own + peer * PART + 8 * ROWS)
+    return total0, total1
+
+
+@gluon.jit
+def find_peers(inboxes, rank, RANKS: gl.constexpr):
+    """The inboxes of all ranks, and this rank's own once more."""
+    peers = ()
+    for peer in gl.static_range(RANKS):
+        peers = peers + (gl.load(inboxes + peer).to(gl.pointer_type(gl.float32)),)
+    return peers + (gl.load(inboxes + rank).to(gl.pointer_type(gl.float32)),)
+
+
+@gluon.jit
+def unset_inbox(inbox, program, units, UNITS: gl.constexpr, ROWS: gl.constexpr, RANKS: gl.constexpr,
+                PROGRAMS: gl.constexpr):  # fmt: skip
+    """Mark what this program gets from the ranks in a layer as not yet there, both products."""
+    SIZE: gl.constexpr = RANKS * 16 * ROWS
+    words = inbox.to(gl.pointer_type(gl.int32), bitcast=True)
+    at = gl.arange(0, 256, layout=gl.BlockedLayout([1], [32], [8], [0]))
+    for turn in range(units):
+        for product in gl.static_range(2):
+            part = words + (product * UNITS + turn * PROGRAMS + program) * SIZE
+            for first in gl.static_range(0, SIZE, 256):
+                gl.store(part + first + at, gl.full([256], -1, gl.int32, at.type.layout), mask=first + at < SIZE)
+
+
+@gluon.jit
+def fence_ranks():
+    """What this thread stored before is seen by all ranks that see what it stores after."""
+    at = gl.arange(0, 256, layout=gl.BlockedLayout([1], [32], [8], [0]))
+    gl.inline_asm_elementwise("fence.acq_rel.sys; mov.b32 $0, 0;", "=r,r", [at], dtype=gl.int32, is_pure=False, pack=1)
+    gl.thread_barrier()
 
 
 @gluon.jit

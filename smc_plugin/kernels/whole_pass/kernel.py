@@ -13,10 +13,13 @@ from smc_plugin.kernels.whole_pass.exchange import (
     SUM,
     as_floats,
     await_squares,
+    fence_ranks,
+    find_peers,
     inverse_rms,
     load_squares,
     place_of,
     publish,
+    unset_inbox,
     unset_share,
 )
 from smc_plugin.kernels.whole_pass.products import (
@@ -162,11 +165,12 @@ def _finish(
 def _compute(
     ring, full, empty, tokens, embedding, start, offset, block_table, table_stride, cos, sin, slots, cache,
     layer_cache, half_cache, attn_norms, mlp_norms, biases, q_norms, k_norms, qkv_scales, o_scales, gate_up_scales,
-    down_scales, residual, exchange, out, state, num_layers, scale_log2, eps,
+    down_scales, residual, exchange, out, state, inboxes, rank, num_layers, scale_log2, eps,
     HIDDEN: gl.constexpr, FFN: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
     PAGE_SIZE: gl.constexpr, ROWS: gl.constexpr, QUERIES: gl.constexpr, HEADS: gl.constexpr, BIAS: gl.constexpr,
     NORM: gl.constexpr, SCALED: gl.constexpr, VECTORS: gl.constexpr, ELEMENTS: gl.constexpr, STAGES: gl.constexpr,
-    TOKENS: gl.constexpr, TILES: gl.constexpr, TILE_PARTS: gl.constexpr, PROGRAMS: gl.constexpr, PDL: gl.constexpr,
+    TOKENS: gl.constexpr, TILES: gl.constexpr, TILE_PARTS: gl.constexpr, PROGRAMS: gl.constexpr, RANKS: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """All that is computed, step after step; the weights arrive by themselves."""
     QKV: gl.constexpr = (GROUP + 2) * KV_HEADS * HEAD_DIM
@@ -198,6 +202,11 @@ def _compute(
     side = gl.load(state).to(gl.int64) & 1
     size = (num_layers + 1).to(gl.int64) * BLOCK
     block, other = exchange + side * size, exchange + (1 - side) * size
+    PRODUCT: gl.constexpr = UNITS * RANKS * 16 * ROWS  # of an inbox, in float32: the ranks' parts of o or of down
+    inbox, other_inbox = side * (num_layers * 2 * PRODUCT), (1 - side) * (num_layers * 2 * PRODUCT)
+    peers = (exchange,)
+    if RANKS > 1:
+        peers = find_peers(inboxes, rank, RANKS)
     _embed(
         tokens, embedding, attn_norms, program, own_units, block, as_floats(block + SQUARES), residual,
         HIDDEN, ROWS, PROGRAMS,
@@ -225,9 +234,14 @@ def _compute(
         stage = add_product(
             block + ATTENDED, ring, full, empty, stage, program, own_units, o_scales + layer * HIDDEN,
             mlp_norms + layer * HIDDEN, block + MLP_NORMED, as_floats(block + MLP_SQUARES), residual,
-            ATTN, WIDE, HIDDEN, ROWS, PROGRAMS, SCALED, VECTORS, ELEMENTS, STAGES, True, QUERIES, TASKS,
+            peers, inbox, rank,
+            ATTN, WIDE, HIDDEN, ROWS, PROGRAMS, SCALED, VECTORS, ELEMENTS, STAGES, True, QUERIES, TASKS, RANKS,
         )  # fmt: skip
         unset_share(other, program, BLOCK, PROGRAMS)
+        if RANKS > 1:
+            unset_inbox(peers[RANKS] + other_inbox, program, own_units, UNITS, ROWS, RANKS, PROGRAMS)
+            if layer == num_layers - 1:
+                fence_ranks()
         stage = _gate_up(
             block + MLP_NORMED, as_floats(block + MLP_SQUARES), block + INNER, ring, full, empty, stage, program,
             gate_units, gate_up_scales + layer * (2 * FFN), eps,
@@ -239,10 +253,13 @@ def _compute(
         stage = add_product(
             block + INNER, ring, full, empty, stage, program, own_units, down_scales + layer * HIDDEN,
             attn_norms + (layer + 1) * HIDDEN, block + BLOCK, as_floats(block + BLOCK + SQUARES), residual,
-            FFN, WIDE, HIDDEN, ROWS, PROGRAMS, SCALED, VECTORS, ELEMENTS, STAGES, False, QUERIES, TASKS,
+            peers, inbox + PRODUCT, rank,
+            FFN, WIDE, HIDDEN, ROWS, PROGRAMS, SCALED, VECTORS, ELEMENTS, STAGES, False, QUERIES, TASKS, RANKS,
         )  # fmt: skip
         block += BLOCK
         other += BLOCK
+        inbox += 2 * PRODUCT
+        other_inbox += 2 * PRODUCT
     unset_share(other, program, BLOCK, PROGRAMS)
     _finish(
         as_floats(block + SQUARES), residual, attn_norms + num_layers * HIDDEN, out, program, own_units, eps,
@@ -255,16 +272,16 @@ def _compute(
         gl.store(state, (1 - side).to(gl.int32))
 
 
-@gluon.jit(do_not_specialize=["offset", "num_layers"])
+@gluon.jit(do_not_specialize=["offset", "num_layers", "rank"])
 def whole_pass_kernel(
     tokens, embedding, start, offset, block_table, table_stride, cos, sin, slots, cache, layer_cache, half_cache,
     attn_norms, mlp_norms, biases, q_norms, k_norms, qkv_scales, o_scales, gate_up_scales, down_scales,
-    stream, residual, exchange, out, state, num_layers, scale_log2, eps,
+    stream, residual, exchange, out, state, inboxes, rank, num_layers, scale_log2, eps,
     HIDDEN: gl.constexpr, FFN: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
     PAGE_SIZE: gl.constexpr, ROWS: gl.constexpr, QUERIES: gl.constexpr, HEADS: gl.constexpr, BIAS: gl.constexpr,
     NORM: gl.constexpr, SCALED: gl.constexpr, VECTORS: gl.constexpr, ELEMENTS: gl.constexpr, STAGES: gl.constexpr,
     FLYING: gl.constexpr, TOKENS: gl.constexpr, TILES: gl.constexpr,
-    TILE_PARTS: gl.constexpr, PROGRAMS: gl.constexpr, PDL: gl.constexpr,
+    TILE_PARTS: gl.constexpr, PROGRAMS: gl.constexpr, RANKS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Set up the ring, then stream and compute at the same time."""
     LINES: gl.constexpr = ELEMENTS // LINE_ELEMENTS
@@ -283,9 +300,9 @@ def whole_pass_kernel(
                 (
                     ring, full, empty, tokens, embedding, start, offset, block_table, table_stride, cos, sin, slots, cache,
                     layer_cache, half_cache, attn_norms, mlp_norms, biases, q_norms, k_norms, qkv_scales, o_scales,
-                    gate_up_scales, down_scales, residual, exchange, out, state, num_layers,
+                    gate_up_scales, down_scales, residual, exchange, out, state, inboxes, rank, num_layers,
                     scale_log2, eps, HIDDEN, FFN, KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, ROWS, QUERIES, HEADS, BIAS, NORM,
-                    SCALED, VECTORS, ELEMENTS, STAGES, TOKENS, TILES, TILE_PARTS, PROGRAMS, PDL,
+                    SCALED, VECTORS, ELEMENTS, STAGES, TOKENS, TILES, TILE_PARTS, PROGRAMS, RANKS, PDL,
                 ),
             ),
             (stream_weights, (stream, ring, full, empty, program, total, PROGRAMS, LINES, STAGES, FLYING)),

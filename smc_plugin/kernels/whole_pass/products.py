@@ -11,7 +11,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from smc_plugin.kernels.whole_pass.exchange import SUM, await_words, last_units, place_of, publish, settled
+from smc_plugin.kernels.whole_pass.exchange import (
+    SUM,
+    await_words,
+    last_units,
+    place_of,
+    publish,
+    settled,
+    sum_over_ranks,
+)
 
 LINE_ELEMENTS = gl.constexpr(256)  # of a line of the stream; a copy takes whole lines
 # Matrix instructions: a warp for each eighth of the inner dimension, 16 rows, 8 columns. With 8 inner elements a thread
@@ -195,12 +203,12 @@ def _await_input(x, IS_ATTENTION: gl.constexpr, INNER: gl.constexpr, ROWS: gl.co
 
 @gluon.jit
 def add_product(
-    x, ring, full, empty, stage, program, own_units, scale, norm, normed, squares, residual,
+    x, ring, full, empty, stage, program, own_units, scale, norm, normed, squares, residual, peers, inbox, rank,
     INNER: gl.constexpr, DEPTH: gl.constexpr, HIDDEN: gl.constexpr, ROWS: gl.constexpr, PROGRAMS: gl.constexpr,
     SCALED: gl.constexpr, VECTORS: gl.constexpr, ELEMENTS: gl.constexpr, STAGES: gl.constexpr,
-    IS_ATTENTION: gl.constexpr, QUERIES: gl.constexpr, TASKS: gl.constexpr,
+    IS_ATTENTION: gl.constexpr, QUERIES: gl.constexpr, TASKS: gl.constexpr, RANKS: gl.constexpr,
 ):  # fmt: skip
-    """The residual plus x @ w, for this program's columns; see publish."""
+    """The residual plus x @ w, summed over the ranks, for this program's columns; see publish."""
     CHUNKS: gl.constexpr = (INNER + DEPTH - 1) // DEPTH
     AHEAD: gl.constexpr = 65536 // (DEPTH * (8 if ROWS <= 8 else 16))  # stretches of x on their way: 128 registers
     row = gl.arange(0, 16, layout=gl.SliceLayout(1, SUM))
@@ -238,6 +246,8 @@ def add_product(
         if SCALED:
             sum0 *= scale0
             sum1 *= scale1
+        if RANKS > 1:
+            sum0, sum1 = sum_over_ranks(sum0, sum1, peers, inbox + unit * (RANKS * 16 * ROWS), rank, ROWS, RANKS)
         y0 = (sum0 + old0).to(gl.bfloat16).to(gl.float32)
         y1 = (sum1 + old1).to(gl.bfloat16).to(gl.float32)
         publish(y0, y1, norms, unit, normed, squares, residual, HIDDEN, ROWS)

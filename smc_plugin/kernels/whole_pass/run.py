@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +35,17 @@ def _heads_per_program(batch: int, kv_heads: int, group: int, programs: int) -> 
     return heads
 
 
+class Peers(Protocol):
+    """What a pass needs of the ranks; see smc_engines.parallel.ranks.Ranks."""
+
+    rank: int
+    size: int
+
+    def share_words(self, count: int) -> Tensor:
+        """See Ranks."""
+        ...
+
+
 class WholePass:
     """A model's forward pass for few rows, as one launch.
 
@@ -41,15 +53,18 @@ class WholePass:
         shape: the decoder's sizes.
         weights: canonical names to tensors on one device; 16-bit, matrices perhaps FP8. Matrices are held a second time, in
             streaming order.
+        ranks: who has the other parts, if the model is one rank's part; they can share memory.
     """
 
-    def __init__(self, shape: DecoderShape, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, shape: DecoderShape, weights: Mapping[str, Tensor], ranks: Peers | None = None) -> None:
         self._shape = shape
         self._device = weights["embed"].device
         self._gpu = gpu_of(self._device)
         self._programs = self._gpu.sm_count
         self._embedding = weights["embed"]
-        self._exchanges: dict[int, tuple[Tensor, Tensor]] = {}
+        self._ranks = ranks
+        self._rank, self._num_ranks = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+        self._exchanges: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.packed = pack(shape, weights, self._programs)
         size = self.packed.element_size()
         lines = self.packed.view(-1, LINE_ELEMENTS.value)
@@ -104,7 +119,7 @@ class WholePass:
         batch = rows // context.num_queries
         hidden, units = shape.hidden_size, shape.hidden_size // 16
         residual, out = (torch.empty((rows, hidden), dtype=torch.bfloat16, device=device) for _ in range(2))
-        exchange, state = self._exchange(rows)
+        exchange, state, inboxes = self._exchange(rows)
         fp8 = self.packed.element_size() == 1
         launch(
             whole_pass_kernel,
@@ -112,7 +127,7 @@ class WholePass:
             *(tokens, self._embedding, context.start, context.offset, context.block_table),
             *(context.block_table.stride(0), context.cos, context.sin, context.slots),
             *(cache, cache.stride(0), cache.stride(1), self._attn_norms, *self._stacks, *self._scales),
-            *(self._stream, residual, exchange, out, state),
+            *(self._stream, residual, exchange, out, state, inboxes, self._rank),
             *(shape.num_layers, math.log2(math.e) / math.sqrt(shape.head_dim), shape.rms_eps),
             HIDDEN=hidden,
             FFN=shape.ffn_size,
@@ -134,17 +149,24 @@ class WholePass:
             TILES=next_power_of_2(cdiv(context.max_context, 8 * _TOKENS)),
             TILE_PARTS=next_power_of_2(units),
             PROGRAMS=programs,
+            RANKS=self._num_ranks,
             num_warps=8,
         )
         return out
 
-    def _exchange(self, rows: int) -> tuple[Tensor, Tensor]:
-        """What programs hand to one another at this number of rows, two sides of it, and which side is next."""
+    def _exchange(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What programs hand to one another at this number of rows, two sides of it; which side is next; the ranks' inboxes.
+
+        The first call of each number is one that all ranks make together, and outside a capture.
+        """
         if rows not in self._exchanges:
             shape = self._shape
             width = 2 * shape.hidden_size + shape.qkv_size + shape.q_size + shape.ffn_size
             block = rows * width + 2 * (shape.hidden_size // 16) * 32
             values = torch.full((2, shape.num_layers + 1, block), -1, dtype=torch.int16, device=self._device)
             state = torch.zeros(2, dtype=torch.int32, device=self._device)
-            self._exchanges[rows] = values.view(torch.bfloat16), state
+            inboxes = state  # not read
+            if self._ranks is not None:
+                inboxes = self._ranks.share_words(2 * shape.num_layers * 2 * shape.hidden_size * self._num_ranks * rows)
+            self._exchanges[rows] = values.view(torch.bfloat16), state, inboxes
         return self._exchanges[rows]
