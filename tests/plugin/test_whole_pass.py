@@ -110,7 +110,7 @@ class SomeRanks:
     size: int
     rank: int = 0
 
-    def share_words(self, count: int) -> Tensor:  # noqa: ARG002 - as Peers has it
+    def share_words(self, count: int) -> Tensor:
         return torch.zeros(self.size, dtype=torch.int64, device="meta")
 
 
