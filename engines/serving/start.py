@@ -1,0 +1,133 @@
+"""The start of a served engine: wait until everything answers, and start again what does not.
+
+    executor       its process lives, and is found on its line within --start-timeout
+    tritonserver   its process and its stubs live, and it has loaded its models within SERVER_START_S
+    OpenAI front   its process lives, and it answers within SERVER_START_S
+    then           each model answers a real inference
+
+A part that was killed or shows nothing in its time is started again, while the others go on loading. RESTARTS such restarts
+may be made in all; one more is an error. A part that ended by itself (a damaged engine directory, no memory, a port in
+use) has said why and would end again, so that is an error at once.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING
+
+from smc_engines.serving.logs import Log
+from smc_engines.serving.tritonserver import MODELS
+from smc_plugin.errors import SmcError
+
+if TYPE_CHECKING:
+    from smc_engines.serving.supervisor import Part, Supervisor
+
+RESTARTS = 2
+SERVER_START_S = 60.0
+STALL_S = 5.0  # the longest pause between the ends of two stubs where other work is going on, and before their server's
+PROBE_S = 5.0
+TURNS_OF_A_PROBE = 4  # turns of the executor within which it has surely answered a probe that reached it
+KILLED_BY_SIGNAL = 128  # mpirun's status when a signal ended a rank is more than this, by the signal's number
+
+
+class Start:
+    """One start, of parts that have been launched.
+
+    Args:
+        supervisor: whose parts they are.
+    """
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._of, self._options = supervisor, supervisor.options
+        self._log = Log("supervisor")
+        self._restarts = 0
+        self._expect_stubs()
+        self._expect_models()
+
+    def _expect_stubs(self) -> None:
+        self._stubs: set[int] = set()
+        self._stubs_changed = time.monotonic()
+        self._lost_stub = False
+
+    def _expect_models(self) -> None:
+        self._models = list(MODELS)
+        self._probing_since = math.inf
+        self._unanswered = 0
+
+    def look(self) -> bool:
+        """Look at every part once, start again what is dead or silent, and probe the next model.
+
+        Returns:
+            whether everything has answered.
+        Raises:
+            SmcError: a part ended by itself, or there are no restarts left.
+        """
+        self._see_stubs()
+        for part in self._of.parts:
+            wrong = self._wrong(part)
+            if wrong is not None:
+                self._start_again(part, wrong)
+                return False
+            part.answered = part.answered or self._of.answers(part)
+        if all(part.answered for part in self._of.parts):
+            self._probe_next()
+        return not self._models
+
+    def _see_stubs(self) -> None:
+        """Note whether a stub is gone: tritonserver would wait for it for ever."""
+        stubs = set(self._of.find_stubs().values())
+        if stubs != self._stubs:
+            self._lost_stub = self._lost_stub or not self._stubs <= stubs
+            self._stubs, self._stubs_changed = stubs, time.monotonic()
+
+    def _wrong(self, part: Part) -> str | None:
+        """What is wrong with a part, or None."""
+        status = None if part.process is None else part.process.poll()
+        if status is not None:
+            if 0 <= status <= KILLED_BY_SIGNAL:
+                raise SmcError(
+                    f"{part.name} ended with status {status} while starting, expected it to serve: see its messages above"
+                )
+            return f"ended with status {status} while starting"
+        now = time.monotonic()
+        age_s, limit_s = now - part.starts[-1], self._limit_s(part)
+        if not part.answered and age_s > limit_s:
+            return f"did not answer within {limit_s:g} s"
+        if part is self._of.executor:
+            silence_s = min(self._of.control.silence_s, age_s)
+            return f"said nothing for {silence_s:.0f} s" if silence_s > self._options.hang_timeout_s else None
+        if part is self._of.server:
+            if self._lost_stub and now - self._stubs_changed > STALL_S:  # one that fails to load ends its server sooner
+                return "lost a stub while starting"
+            if self._unanswered > 1 or now - self._probing_since > self._options.start_timeout_s:
+                return f"did not answer for {self._models[0]}"
+        return None
+
+    def _limit_s(self, part: Part) -> float:
+        """How long a part may take until it answers: only the executor has much to load."""
+        limit_s = self._options.start_timeout_s
+        return limit_s if part is self._of.executor else min(limit_s, SERVER_START_S)
+
+    def _start_again(self, part: Part, wrong: str) -> None:
+        if self._restarts == RESTARTS:
+            raise SmcError(
+                f"{part.name} {wrong}, expected a start with at most {RESTARTS} restarts: see the messages above, free memory "
+                "and processors, or raise --start-timeout"
+            )
+        self._restarts += 1
+        self._log.error("restart", name=part.name, reason=wrong, restarts_left=RESTARTS - self._restarts)
+        self._of.replace(part)
+        self._expect_models()
+        if part is self._of.server:
+            self._expect_stubs()
+
+    def _probe_next(self) -> None:
+        """Probe a model. One that stays silent while the executor takes turns is counted against tritonserver."""
+        started = time.monotonic()
+        self._probing_since = min(self._probing_since, started)
+        if self._of.probe_model(self._models[0], PROBE_S) is None:
+            self._models.pop(0)
+            self._unanswered = 0
+        elif self._of.control.turns_since(started) >= TURNS_OF_A_PROBE:
+            self._unanswered += 1
