@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from smc_engines.serving.control import ControlLine
 from smc_engines.serving.logs import Log
+from smc_engines.serving.part import Part
 from smc_engines.serving.tritonserver import MODELS
 from smc_plugin.errors import SmcError
-
-if TYPE_CHECKING:
-    from smc_engines.serving.supervisor import Part, Supervisor
 
 RESTARTS = 2
 SERVER_START_S = 60.0
@@ -31,24 +30,55 @@ TURNS_OF_A_PROBE = 4  # turns of the executor within which it has surely answere
 KILLED_BY_SIGNAL = 128  # mpirun's status when a signal ended a rank is more than this, by the signal's number
 
 
+class Parts(Protocol):
+    """What a start needs of the supervisor."""
+
+    executor: Part
+    server: Part
+    front: Part
+    control: ControlLine
+
+    @property
+    def parts(self) -> list[Part]:
+        """Those that were launched."""
+        ...
+
+    def answers(self, part: Part) -> bool:
+        """Whether a part is there."""
+        ...
+
+    def probe_model(self, model: str, timeout_s: float) -> str | None:
+        """None if a model answers a real inference, else what is wrong."""
+        ...
+
+    def find_stubs(self) -> dict[str, int]:
+        """Process ids of the server's stubs, by model."""
+        ...
+
+    def replace(self, part: Part) -> None:
+        """Kill a part and start it again."""
+        ...
+
+
 class Start:
     """One start, of parts that have been launched.
 
     Args:
         supervisor: whose parts they are.
+        start_timeout_s, hang_timeout_s: see ServeOptions.
     """
 
-    def __init__(self, supervisor: Supervisor) -> None:
-        self._of, self._options = supervisor, supervisor.options
+    def __init__(self, supervisor: Parts, start_timeout_s: float, hang_timeout_s: float) -> None:
+        self._of = supervisor
+        self._start_timeout_s, self._hang_timeout_s = start_timeout_s, hang_timeout_s
         self._log = Log("supervisor")
         self._restarts = 0
         self._expect_stubs()
         self._expect_models()
 
     def _expect_stubs(self) -> None:
-        self._stubs: set[int] = set()
-        self._stubs_changed = time.monotonic()
-        self._lost_stub = False
+        self._stubs: dict[str, int] = {}
+        self._stubs_changed = math.inf
 
     def _expect_models(self) -> None:
         self._models = list(MODELS)
@@ -75,10 +105,9 @@ class Start:
         return not self._models
 
     def _see_stubs(self) -> None:
-        """Note whether a stub is gone: tritonserver would wait for it for ever."""
-        stubs = set(self._of.find_stubs().values())
+        """Note when a stub last came or went."""
+        stubs = self._of.find_stubs()
         if stubs != self._stubs:
-            self._lost_stub = self._lost_stub or not self._stubs <= stubs
             self._stubs, self._stubs_changed = stubs, time.monotonic()
 
     def _wrong(self, part: Part) -> str | None:
@@ -96,17 +125,18 @@ class Start:
             return f"did not answer within {limit_s:g} s"
         if part is self._of.executor:
             silence_s = min(self._of.control.silence_s, age_s)
-            return f"said nothing for {silence_s:.0f} s" if silence_s > self._options.hang_timeout_s else None
+            return f"said nothing for {silence_s:.0f} s" if silence_s > self._hang_timeout_s else None
         if part is self._of.server:
-            if self._lost_stub and now - self._stubs_changed > STALL_S:  # one that fails to load ends its server sooner
-                return "lost a stub while starting"
-            if self._unanswered > 1 or now - self._probing_since > self._options.start_timeout_s:
+            # it would wait for a stub that is gone for ever; where one fails to load a model, the server ends sooner
+            if len(self._stubs) < len(MODELS) and now - self._stubs_changed > STALL_S:
+                return f"has {len(self._stubs)} of {len(MODELS)} stubs while starting"
+            if self._unanswered > 1 or now - self._probing_since > self._start_timeout_s:
                 return f"did not answer for {self._models[0]}"
         return None
 
     def _limit_s(self, part: Part) -> float:
         """How long a part may take until it answers: only the executor has much to load."""
-        limit_s = self._options.start_timeout_s
+        limit_s = self._start_timeout_s
         return limit_s if part is self._of.executor else min(limit_s, SERVER_START_S)
 
     def _start_again(self, part: Part, wrong: str) -> None:

@@ -4,9 +4,10 @@
               ├─ tritonserver ── 4 stubs   (the adapters; gRPC, HTTP, metrics)
               └─ OpenAI front              (only with --openai-port)
 
-While it starts, start.py looks after the parts. What happens when one dies later: the executor is started again at once (adapters fail its requests and reconnect by
-themselves); so are tritonserver and the front. A dead stub is invisible to tritonserver: its model is unloaded and loaded
-again, and if requests were in flight in it, whose streams would hang for ever, tritonserver is restarted.
+While it starts, start.py looks after the parts. What happens when one dies later: the executor is started again at once
+(adapters fail its requests and reconnect by themselves); so are tritonserver and the front. A dead stub is invisible to
+tritonserver: its model is unloaded and loaded again, and if requests were in flight in it, whose streams would hang for
+ever, tritonserver is restarted.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
 
@@ -38,6 +38,7 @@ from smc_engines.serving import tritonserver
 from smc_engines.serving.control import ControlLine
 from smc_engines.serving.grpc_tls import Trust, certified_name, client_arguments
 from smc_engines.serving.logs import Log
+from smc_engines.serving.part import CRASH_LIMIT, CRASH_WINDOW_S, Part
 from smc_engines.serving.probe import Prober, probe, probe_front
 from smc_engines.serving.process import command_line, end, group_members, kill_group, spawn
 from smc_engines.serving.start import SERVER_START_S, STALL_S, TURNS_OF_A_PROBE, Start
@@ -48,7 +49,6 @@ FRONT = "openai"
 RUNTIME_PREFIX = "smc-serve-"
 TICK_S = 0.1
 LOST_CLIENT_WAIT_S = 3.0
-CRASH_LIMIT, CRASH_WINDOW_S = 5, 60.0
 DRAIN_MARGIN_S = 15.0
 LATE_PROBE_S = 1.0
 READY_S = 2.0
@@ -145,35 +145,6 @@ def executor_command(options: ServeOptions, address: str, tp: int = 1) -> list[s
     return command
 
 
-@dataclass
-class Part:
-    """A supervised process.
-
-    Args:
-        start: starts it.
-        starts: when it was started, on the monotonic clock.
-        answered: whether it has answered since.
-    """
-
-    name: str
-    start: Callable[[], Popen[bytes]]
-    process: Popen[bytes] | None = None
-    starts: deque[float] = field(default_factory=lambda: deque(maxlen=CRASH_LIMIT + 1))
-    answered: bool = False
-
-    def launch(self) -> Popen[bytes]:
-        """Start it (again)."""
-        self.starts.append(time.monotonic())
-        self.answered = False
-        self.process = self.start()
-        return self.process
-
-    @property
-    def crashing(self) -> bool:
-        """Whether it, having ended, was started too often of late."""
-        return len(self.starts) > CRASH_LIMIT and time.monotonic() - self.starts[0] < CRASH_WINDOW_S
-
-
 def _appended(path: str | None) -> io.FileIO | None:
     """The log file, open.
 
@@ -235,7 +206,7 @@ class Supervisor:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # children inherit it: a connection is a descriptor
         for part in self.parts:
             part.launch()
-        start = Start(self)
+        start = Start(self, self.options.start_timeout_s, self.options.hang_timeout_s)
         while not self.stopping and not start.look():
             time.sleep(TICK_S)
         self.ready = not self.stopping
