@@ -205,7 +205,10 @@ def child(service: Served, part: str) -> int | None:
     if part in RANKS:
         return next((found[part] for group in groups if part in (found := ranks_of(group))), None)
     for pid in [member for group in groups for member in group_members(group)]:
-        if any(COMMANDS[part] in argument for argument in command_line(pid)):
+        arguments = command_line(pid)
+        if arguments[:1] != ["sh"] and any(
+            COMMANDS[part] in argument for argument in arguments
+        ):  # the server's shells name stubs
             return pid
     return None
 
@@ -225,6 +228,8 @@ def while_loading(engine: Path, fault: str, part: str) -> Row:
                 raise FaultError(f"smc-serve still starts after {LIMIT_S:g} s")
             time.sleep(0.02)
         back = time.monotonic() - struck
+        if not restarts(service.log):
+            raise FaultError(f"{part} was not struck while it loaded")
         if part == "openai":
             over_openai(service, SHORT)
         return {

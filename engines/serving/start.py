@@ -19,12 +19,12 @@ from typing import Protocol
 from smc_engines.serving.control import ControlLine
 from smc_engines.serving.logs import Log
 from smc_engines.serving.part import Part
+from smc_engines.serving.process import killed_members
 from smc_engines.serving.tritonserver import MODELS
 from smc_plugin.errors import SmcError
 
 RESTARTS = 2
 SERVER_START_S = 60.0
-STALL_S = 5.0  # the longest pause between the ends of two stubs where other work is going on, and before their server's
 PROBE_S = 5.0
 TURNS_OF_A_PROBE = 4  # turns of the executor within which it has surely answered a probe that reached it
 KILLED_BY_SIGNAL = 128  # mpirun's status when a signal ended a rank is more than this, by the signal's number
@@ -51,10 +51,6 @@ class Parts(Protocol):
         """None if a model answers a real inference, else what is wrong."""
         ...
 
-    def find_stubs(self) -> dict[str, int]:
-        """Process ids of the server's stubs, by model."""
-        ...
-
     def replace(self, part: Part) -> None:
         """Kill a part and start it again."""
         ...
@@ -73,12 +69,7 @@ class Start:
         self._start_timeout_s, self._hang_timeout_s = start_timeout_s, hang_timeout_s
         self._log = Log("supervisor")
         self._restarts = 0
-        self._expect_stubs()
         self._expect_models()
-
-    def _expect_stubs(self) -> None:
-        self._stubs: dict[str, int] = {}
-        self._stubs_changed = math.inf
 
     def _expect_models(self) -> None:
         self._models = list(MODELS)
@@ -93,7 +84,6 @@ class Start:
         Raises:
             SmcError: a part ended by itself, or there are no restarts left.
         """
-        self._see_stubs()
         for part in self._of.parts:
             wrong = self._wrong(part)
             if wrong is not None:
@@ -104,35 +94,34 @@ class Start:
             self._probe_next()
         return not self._models
 
-    def _see_stubs(self) -> None:
-        """Note when a stub last came or went."""
-        stubs = self._of.find_stubs()
-        if stubs != self._stubs:
-            self._stubs, self._stubs_changed = stubs, time.monotonic()
-
     def _wrong(self, part: Part) -> str | None:
         """What is wrong with a part, or None."""
-        status = None if part.process is None else part.process.poll()
+        if part.process is None:
+            return None
+        if part is self._of.server and killed_members(part.process.pid):
+            return (
+                "lost a stub to a signal while starting"  # it would wait for ever, or end as if its model were to blame
+            )
+        status = part.process.poll()
         if status is not None:
             if 0 <= status <= KILLED_BY_SIGNAL:
                 raise SmcError(
                     f"{part.name} ended with status {status} while starting, expected it to serve: see its messages above"
                 )
             return f"ended with status {status} while starting"
+        return self._silent(part)
+
+    def _silent(self, part: Part) -> str | None:
+        """What a part that lives has not said in time, or None."""
         now = time.monotonic()
         age_s, limit_s = now - part.starts[-1], self._limit_s(part)
         if not part.answered and age_s > limit_s:
             return f"did not answer within {limit_s:g} s"
-        if part is self._of.executor:
-            silence_s = min(self._of.control.silence_s, age_s)
-            return f"said nothing for {silence_s:.0f} s" if silence_s > self._hang_timeout_s else None
-        if part is self._of.server:
-            # it would wait for a stub that is gone for ever; where one fails to load a model, the server ends sooner
-            if len(self._stubs) < len(MODELS) and now - self._stubs_changed > STALL_S:
-                return f"has {len(self._stubs)} of {len(MODELS)} stubs while starting"
-            if self._unanswered > 1 or now - self._probing_since > self._start_timeout_s:
-                return f"did not answer for {self._models[0]}"
-        return None
+        silence_s = min(self._of.control.silence_s, age_s)
+        if part is self._of.executor and silence_s > self._hang_timeout_s:
+            return f"said nothing for {silence_s:.0f} s"
+        late = self._unanswered > 1 or now - self._probing_since > self._start_timeout_s
+        return f"did not answer for {self._models[0]}" if part is self._of.server and late else None
 
     def _limit_s(self, part: Part) -> float:
         """How long a part may take until it answers: only the executor has much to load."""
@@ -149,8 +138,6 @@ class Start:
         self._log.error("restart", name=part.name, reason=wrong, restarts_left=RESTARTS - self._restarts)
         self._of.replace(part)
         self._expect_models()
-        if part is self._of.server:
-            self._expect_stubs()
 
     def _probe_next(self) -> None:
         """Probe a model. One that stays silent while the executor takes turns is counted against tritonserver."""

@@ -41,7 +41,7 @@ from smc_engines.serving.logs import Log
 from smc_engines.serving.part import CRASH_LIMIT, CRASH_WINDOW_S, Part
 from smc_engines.serving.probe import Prober, probe, probe_front
 from smc_engines.serving.process import command_line, end, group_members, kill_group, spawn
-from smc_engines.serving.start import SERVER_START_S, STALL_S, TURNS_OF_A_PROBE, Start
+from smc_engines.serving.start import SERVER_START_S, TURNS_OF_A_PROBE, Start
 from smc_engines.serving.tritonserver import MODELS, Installation, Ports
 from smc_plugin.errors import ConfigError, SmcError
 
@@ -50,6 +50,7 @@ RUNTIME_PREFIX = "smc-serve-"
 TICK_S = 0.1
 LOST_CLIENT_WAIT_S = 3.0
 DRAIN_MARGIN_S = 15.0
+STALL_S = 5.0  # unloading one model takes a second or two where other work is going on
 LATE_PROBE_S = 1.0
 READY_S = 2.0
 DEVICES = ("auto", "cpu", "cuda")
@@ -210,6 +211,7 @@ class Supervisor:
         while not self.stopping and not start.look():
             time.sleep(TICK_S)
         self.ready = not self.stopping
+        self._find_stubs()
         self._prober = Prober(
             self._probes(),
             self.options.probe_interval_s,
@@ -338,7 +340,7 @@ class Supervisor:
         self._log.error("stub_died", model=model, pid=pid)
         lost = self._requests_lost_with(pid)
         if lost == 0 and self._reload(model):
-            self.find_stubs()
+            self._find_stubs()
             self._settled_at = time.monotonic()
             self._log.info("model_reloaded", model=model)
             self._write_state()
@@ -373,12 +375,12 @@ class Supervisor:
             if self.answers(server):
                 break
             time.sleep(TICK_S)
-        self.find_stubs()
+        self._find_stubs()
 
     def _connect(self) -> grpcclient.InferenceServerClient:
         return grpcclient.InferenceServerClient(self.grpc_address, **client_arguments(self._trust))
 
-    def find_stubs(self) -> dict[str, int]:
+    def _find_stubs(self) -> dict[str, int]:
         """Process ids of the stubs, by model."""
         self._stubs = {}
         if self.server.process is not None:
@@ -390,7 +392,7 @@ class Supervisor:
 
     def _remove_shared_memory(self) -> None:
         """Unlink regions that a dead stub or server left; those in use are mapped and named by a live stub."""
-        used = {argument for pid in self.find_stubs().values() for argument in command_line(pid)}
+        used = {argument for pid in self._find_stubs().values() for argument in command_line(pid)}
         for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
             if region.name not in used:
                 region.unlink(missing_ok=True)
