@@ -98,18 +98,17 @@ class Start:
         """What is wrong with a part, or None."""
         if part.process is None:
             return None
-        if part is self._of.server and killed_members(part.process.pid):
+        status = part.process.poll()
+        killed = status is not None and not 0 <= status <= KILLED_BY_SIGNAL
+        if not killed and part is self._of.server and killed_members(part.process.pid):
             return (
                 "lost a stub to a signal while starting"  # it would wait for ever, or end as if its model were to blame
             )
-        status = part.process.poll()
-        if status is not None:
-            if 0 <= status <= KILLED_BY_SIGNAL:
-                raise SmcError(
-                    f"{part.name} ended with status {status} while starting, expected it to serve: see its messages above"
-                )
-            return f"ended with status {status} while starting"
-        return self._silent(part)
+        if status is not None and not killed:
+            raise SmcError(
+                f"{part.name} ended with status {status} while starting, expected it to serve: see its messages above"
+            )
+        return f"ended with status {status} while starting" if killed else self._silent(part)
 
     def _silent(self, part: Part) -> str | None:
         """What a part that lives has not said in time, or None."""
