@@ -27,6 +27,9 @@ RESTARTS = 2
 SERVER_START_S = 60.0
 PROBE_S = 5.0
 TURNS_OF_A_PROBE = 4  # turns of the executor within which it has surely answered a probe that reached it
+OWN_KILL_S = (
+    0.3  # a server that ends kills stubs too, and waits for them at once; others stay zombies for 0.8 s or for ever
+)
 KILLED_BY_SIGNAL = 128  # mpirun's status when a signal ended a rank is more than this, by the signal's number
 
 
@@ -69,6 +72,7 @@ class Start:
         self._start_timeout_s, self._hang_timeout_s = start_timeout_s, hang_timeout_s
         self._log = Log("supervisor")
         self._restarts = 0
+        self._killed: dict[int, float] = {}
         self._expect_models()
 
     def _expect_models(self) -> None:
@@ -100,15 +104,19 @@ class Start:
             return None
         status = part.process.poll()
         killed = status is not None and not 0 <= status <= KILLED_BY_SIGNAL
-        if not killed and part is self._of.server and killed_members(part.process.pid):
-            return (
-                "lost a stub to a signal while starting"  # it would wait for ever, or end as if its model were to blame
-            )
+        if not killed and part is self._of.server and self._lost_stub(part.process.pid):
+            return "lost a stub to a signal while starting"
         if status is not None and not killed:
             raise SmcError(
                 f"{part.name} ended with status {status} while starting, expected it to serve: see its messages above"
             )
         return f"ended with status {status} while starting" if killed else self._silent(part)
+
+    def _lost_stub(self, server: int) -> bool:
+        """Whether something killed a stub: its server would wait for it for ever, or end as if its model were to blame."""
+        now = time.monotonic()
+        self._killed = {pid: self._killed.get(pid, now) for pid in killed_members(server)}
+        return any(now - seen > OWN_KILL_S for seen in self._killed.values())
 
     def _silent(self, part: Part) -> str | None:
         """What a part that lives has not said in time, or None."""

@@ -102,9 +102,13 @@ def test_an_executor_that_is_silent_while_it_loads_again(engine: Path, tmp_path:
 
 
 def damaged(engine: Path, folder: Path) -> list[str]:
-    """An engine directory with short weights."""
+    """An engine directory whose weights end in another byte, which only the executor reads."""
     shutil.copytree(engine, folder / "damaged")
-    os.truncate(folder / "damaged/target/weights/rank0.safetensors", 1000)
+    with (folder / "damaged/target/weights/rank0.safetensors").open("r+b") as weights:
+        weights.seek(-1, os.SEEK_END)
+        last = weights.read(1)[0]
+        weights.seek(-1, os.SEEK_END)
+        weights.write(bytes([last ^ 1]))
     return ["--engine", str(folder / "damaged")]
 
 
@@ -114,7 +118,7 @@ def test_an_error_of_configuration_is_not_tried_again(engine: Path, tmp_path: Pa
         taken = stack.enter_context(socket.socket())
         taken.bind(("127.0.0.1", 0))  # but nobody listens, so that it is tritonserver who finds out
         options, says = {
-            "damaged": (damaged(engine, tmp_path), "has 1000 bytes, expected"),
+            "damaged": (damaged(engine, tmp_path), "is damaged: SHA-256"),
             "memory": (["--num-pages", "2000000000"], "does not fit into memory"),
             "port": (["--metrics-port", str(taken.getsockname()[1])], "already in use"),
         }[error]
@@ -128,7 +132,8 @@ def test_an_error_of_configuration_is_not_tried_again(engine: Path, tmp_path: Pa
 
 
 def test_what_a_signal_ended_is_told_from_what_ended_by_itself() -> None:
-    code = "import subprocess, time\nfor command in ('kill -9 $$', 'exit 3', 'sleep 60'): subprocess.Popen(['sh', '-c', command])"
+    commands = ["kill -9 $$", "exit 3", "sleep 60"]
+    code = f"import subprocess, time\nfor command in {commands}: subprocess.Popen(['sh', '-c', command])"
     parent = spawn([sys.executable, "-c", f"{code}\ntime.sleep(60)"], os.environ)
     try:
         limit = time.monotonic() + END_S
