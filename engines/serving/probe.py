@@ -18,6 +18,7 @@ import numpy as np
 from smc_engines.serving.grpc_tls import Trust
 from smc_engines.serving.triton_client import ServingError, TritonClient
 
+NO_LISTENER = "nobody listens"
 _INPUTS: dict[str, dict[str, Any]] = {
     "smc": {},
     "ensemble": {"text_input": "", "max_tokens": 1},
@@ -56,7 +57,7 @@ def probe_front(host: str, port: int, secure: bool, timeout_s: float) -> str | N
     """Probe the OpenAI front, which may be stopped although its process lives.
 
     Returns:
-        None if it answers, else what is wrong.
+        None if it answers, else what is wrong: NO_LISTENER while it is being imported.
     """
     kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     trust: dict[str, Any] = (
@@ -66,6 +67,8 @@ def probe_front(host: str, port: int, secure: bool, timeout_s: float) -> str | N
     try:
         connection.request("GET", "/health")
         status = connection.getresponse().status
+    except ConnectionRefusedError:
+        return NO_LISTENER
     except (OSError, http.client.HTTPException) as error:
         return repr(error)
     finally:

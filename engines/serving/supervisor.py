@@ -39,7 +39,7 @@ from smc_engines.serving.control import ControlLine
 from smc_engines.serving.grpc_tls import Trust, certified_name, client_arguments
 from smc_engines.serving.logs import Log
 from smc_engines.serving.part import CRASH_LIMIT, CRASH_WINDOW_S, Part
-from smc_engines.serving.probe import Prober, probe, probe_front
+from smc_engines.serving.probe import NO_LISTENER, Prober, probe, probe_front
 from smc_engines.serving.process import command_line, end, group_members, kill_group, spawn
 from smc_engines.serving.start import SERVER_START_S, TURNS_OF_A_PROBE, Start
 from smc_engines.serving.tritonserver import MODELS, Installation, Ports
@@ -321,7 +321,8 @@ class Supervisor:
     def _front_starts(self, wrong: str | None) -> bool:
         """Whether the front has yet to answer its first probe; nobody answers while it is being imported."""
         self.front.answered = self.front.answered or wrong is None
-        return not self.front.answered and time.monotonic() < self.front.starts[-1] + SERVER_START_S
+        young = time.monotonic() < self.front.starts[-1] + SERVER_START_S
+        return wrong == NO_LISTENER and not self.front.answered and young
 
     def _restart(self, part: Part, reason: str) -> None:
         self._log.error("restart", name=part.name, reason=reason)

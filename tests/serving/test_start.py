@@ -120,7 +120,7 @@ def test_an_error_of_configuration_is_not_tried_again(engine: Path, tmp_path: Pa
         options, says = {
             "damaged": (damaged(engine, tmp_path), "is damaged: SHA-256"),
             "memory": (["--num-pages", "2000000000"], "does not fit into memory"),
-            "port": (["--metrics-port", str(taken.getsockname()[1])], "already in use"),
+            "port": (["--grpc-port", str(taken.getsockname()[1])], "already in use"),
         }[error]
         service = stack.enter_context(starting(engine, tmp_path, *options))
         assert service.process.wait(END_S) == 1
