@@ -87,7 +87,7 @@ def _parser(defaults: ServeOptions) -> argparse.ArgumentParser:
     add("serve-env", str, "virtual environment with the server's wheel (default .venv-serve)")
     seconds = {
         "drain": "how long running streams may go on after SIGTERM",
-        "start-timeout": "from the start to the first real inference",
+        "start-timeout": "longest time until a part that starts answers; then it is started again, twice in all",
         "hang-timeout": "longest silence of an executor",
         "probe-interval": "pause between two probes of the watchdog",
         "probe-timeout": "longest time of a probe",

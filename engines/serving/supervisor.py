@@ -361,8 +361,8 @@ class Supervisor:
     def _reload(self, model: str) -> bool:
         try:
             with contextlib.closing(self._connect()) as client:
-                client.unload_model(model)
-                client.load_model(model)
+                client.unload_model(model, client_timeout=SERVER_START_S)
+                client.load_model(model, client_timeout=SERVER_START_S)
         except InferenceServerException as error:
             self._log.error("reload_failed", model=model, reason=str(error))
             return False
