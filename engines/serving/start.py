@@ -27,9 +27,8 @@ RESTARTS = 2
 SERVER_START_S = 60.0
 PROBE_S = 5.0
 TURNS_OF_A_PROBE = 4  # turns of the executor within which it has surely answered a probe that reached it
-OWN_KILL_S = (
-    0.3  # a server that ends kills stubs too, and waits for them at once; others stay zombies for 0.8 s or for ever
-)
+# A server that ends kills stubs too, but waits for them at once (0.04 s); those of others stay zombies for 0.8 s or for ever.
+OWN_KILL_S = 0.3
 KILLED_BY_SIGNAL = 128  # mpirun's status when a signal ended a rank is more than this, by the signal's number
 
 
