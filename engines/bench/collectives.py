@@ -2,8 +2,8 @@
 
 A pass of a cut model sums over the ranks twice a layer, and each draw or score gathers seven numbers a row. Example: K = 8 with
 a draft of 16 layers and a target of 32, both cut: 8 * 32 + 64 sums and 10 gathers. Mode speculative gathers a few more
-numbers a row to compare both models, which are not counted. Nor are the sums of draft passes in one launch: they are part of the
-kernel, and cannot be timed alone.
+numbers a row to compare both models, which are not counted. Nor are the sums of draft passes in one launch: they are part of
+the kernel, and cannot be timed alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Ranks on GPUs: NCCL, and one-shot or two-shot exchanges over peer-to-peer memory for messages that they are faster for.
 
-In a one-shot all-reduce every GPU reads the others' values and adds them in the order of the ranks: one kernel and one hop. In a
-two-shot one each GPU adds a share of the values only and then reads the other sums: two hops, but fewer bytes. Both need
+In a one-shot all-reduce every GPU reads the others' values and adds them in the order of the ranks: one kernel and one hop. In
+a two-shot one each GPU adds a share of the values only and then reads the other sums: two hops, but fewer bytes. Both need
 symmetric memory (torch.distributed._symmetric_memory, no multicast), which some machines do not allow between processes; then
 NCCL does everything. All are timed when the ranks start, as CUDA graphs, since that is how a round runs. Plans and everything
 else the host says go over MPI.
