@@ -2,7 +2,8 @@
 
 A pass of a cut model sums over the ranks twice a layer, and each draw or score gathers seven numbers a row. Example: K = 8 with
 a draft of 16 layers and a target of 32, both cut: 8 * 32 + 64 sums and 10 gathers. Mode speculative gathers a few more
-numbers a row to compare both models, which are not counted.
+numbers a row to compare both models, which are not counted. Nor are the sums of draft passes in one launch: they are part of
+the kernel, and cannot be timed alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from smc_build.dtypes import torch_dtype
 from smc_engines.bench.points import Case
 from smc_engines.engine import Engine
+from smc_engines.model import PagedModel
 from smc_engines.parallel import lockstep
 from smc_engines.parallel.ranks import Ranks
 from smc_plugin.reference.shards import NUM_STATS
@@ -40,17 +42,22 @@ def of_round(engine: Engine, case: Case) -> tuple[Collective, ...]:
     found, dtype = [], engine.manifest.dtype
     sequences, k = case.point.batch * case.num_particles, case.num_draft_tokens
 
-    def passes(config, rows: int, count: int) -> None:
-        if config.is_shard and count:
-            found.append(Collective("all_reduce", rows, config.hidden_size, dtype, count * 2 * config.num_layers))
+    def passes(model: PagedModel, queries: int, count: int) -> None:
+        whole, config = model.whole_pass, model.config
+        in_one_launch = whole is not None and whole.takes(
+            sequences, queries, case.point.prompt_tokens + case.point.output_tokens
+        )
+        if config.is_shard and count and not in_one_launch:
+            rows, sums = sequences * queries, count * 2 * config.num_layers
+            found.append(Collective("all_reduce", rows, config.hidden_size, dtype, sums))
 
     if engine.draft is not None and k:
         config = engine.draft.config
-        passes(config, 2 * sequences, 1)
-        passes(config, sequences, k - 1)
+        passes(engine.draft, 2, 1)
+        passes(engine.draft, 1, k - 1)
         if config.is_shard:
             found.append(Collective("all_gather", sequences, NUM_STATS, "float32", k))
-    passes(engine.target.config, sequences * (k + 1), 1)
+    passes(engine.target, k + 1, 1)
     if engine.target.config.is_shard:
         found.append(Collective("all_gather", sequences * (k + 1), NUM_STATS, "float32", 1))
         found.append(Collective("all_gather", sequences, NUM_STATS, "float32", 1))

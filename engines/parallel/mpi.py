@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from smc_engines.parallel.heartbeat import Heartbeat, deadline
+from smc_plugin.errors import RankError
 
 _PLAN_TAG = 7
 _LEAVE_S = 8.0
@@ -63,7 +64,7 @@ class MpiRanks:
 
     def share_words(self, count: int) -> Tensor:
         """See Ranks."""
-        raise NotImplementedError("processes on a CPU share no memory here")
+        raise RankError("ranks on a CPU were asked to share memory, expected GPUs only: report this")
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See Ranks; sums are made in float32 at least and rounded once."""

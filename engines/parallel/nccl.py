@@ -1,9 +1,10 @@
-"""Ranks on GPUs: NCCL, and for small messages a one-shot exchange over peer-to-peer memory where that is faster.
+"""Ranks on GPUs: NCCL, and one-shot or two-shot exchanges over peer-to-peer memory for messages that they are faster for.
 
-In a one-shot all-reduce every GPU reads the others' values and adds them in the order of the ranks: one kernel and one hop. It
-needs symmetric memory (torch.distributed._symmetric_memory, no multicast), which some machines do not allow between
-processes; then NCCL does everything. `one_shot_bytes` is the largest message it was faster for when the ranks started, timed as
-CUDA graphs, since that is how a round runs. Plans and everything else the host says go over MPI.
+In a one-shot all-reduce every GPU reads the others' values and adds them in the order of the ranks: one kernel and one hop. In
+a two-shot one each GPU adds a share of the values only and then reads the other sums: two hops, but fewer bytes. Both need
+symmetric memory (torch.distributed._symmetric_memory, no multicast), which some machines do not allow between processes; then
+NCCL does everything. All are timed when the ranks start, as CUDA graphs, since that is how a round runs. Plans and everything
+else the host says go over MPI.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from smc_engines.parallel.mpi import MpiRanks
 from smc_plugin.kernels.timing import graph_times_us
 
 _LARGEST_ONE_SHOT = 4 << 20
-_TIMED_BYTES = (16 << 10, 64 << 10, 256 << 10, 1 << 20, _LARGEST_ONE_SHOT)
+_TIMED_BYTES = (16 << 10, 64 << 10, 256 << 10, 512 << 10, 1 << 20, 2 << 20, _LARGEST_ONE_SHOT)
 _CALLS, _REPLAYS = 20, 7
 _LEAVE_S = 30.0
 
@@ -34,8 +35,9 @@ class NcclRanks:
     """The ranks of an MPI world, one current GPU each (see Ranks).
 
     Attributes:
-        one_shot_bytes: messages up to this size take the one-shot exchange; 0 where it is not there or not faster.
-        timings: bytes to microseconds of an all-reduce, {"nccl": ..., "one_shot": ...}.
+        one_shot_bytes: messages up to this size take the one-shot exchange; 0 where it is not there or not fastest.
+        two_shot_bytes: larger ones up to this size take the two-shot exchange.
+        timings: bytes to microseconds of an all-reduce, {"nccl": ..., "one_shot": ..., "two_shot": ...}.
     """
 
     def __init__(self, mpi: MpiRanks) -> None:
@@ -47,7 +49,8 @@ class NcclRanks:
         dist.init_process_group("nccl", store=store, rank=mpi.rank, world_size=mpi.size, device_id=self._device)
         self._buffers: dict[torch.dtype, Tensor] = {}
         self._slots: dict[int, Tensor] = {}
-        self.one_shot_bytes = 0
+        self._turn = 0  # which half of a buffer the last two-shot sum took
+        self.one_shot_bytes = self.two_shot_bytes = 0
         self.timings: dict[int, dict[str, float]] = {}
         dist.all_reduce(torch.zeros(1, device=self._device))
         self._shared: list[Tensor] = []
@@ -66,7 +69,7 @@ class NcclRanks:
         failure = None
         try:
             for dtype in (torch.bfloat16, torch.float32):
-                self._buffers[dtype], _ = self._symmetric(_LARGEST_ONE_SHOT // dtype.itemsize, dtype)
+                self._buffers[dtype], _ = self._symmetric(2 * _LARGEST_ONE_SHOT // dtype.itemsize, dtype)
         except Exception as error:  # whatever it is, NCCL is there
             failure = f"{type(error).__name__}: {error}"
         failures = [text for text in self._mpi.gather_objects(failure) if text is not None]
@@ -99,14 +102,22 @@ class NcclRanks:
             self.timings[size] = {
                 "nccl": graph_us(lambda x=x: self._nccl_all_reduce(x)),
                 "one_shot": graph_us(lambda x=x: self._one_shot(x)),
+                "two_shot": graph_us(lambda x=x: self._two_shot(x)),
             }
         self.timings = self._mpi.gather_objects(self.timings)[0]
-        faster = [size for size, us in self.timings.items() if us["one_shot"] < us["nccl"]]
-        self.one_shot_bytes = max(faster, default=0)
+
+        def largest(name: str) -> int:
+            return max((size for size, us in self.timings.items() if us[name] == min(us.values())), default=0)
+
+        self.one_shot_bytes, self.two_shot_bytes = largest("one_shot"), largest("two_shot")
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See Ranks."""
-        return self._one_shot(x) if self._takes_one_shot(x.dtype, x.nbytes) else self._nccl_all_reduce(x)
+        if self._takes_one_shot(x.dtype, x.nbytes):
+            return self._one_shot(x)
+        if x.dtype in self._buffers and x.nbytes <= self.two_shot_bytes and x.nbytes % (16 * self.size) == 0:
+            return self._two_shot(x)
+        return self._nccl_all_reduce(x)
 
     def _takes_one_shot(self, dtype: torch.dtype, num_bytes: int) -> bool:
         return dtype in self._buffers and num_bytes <= self.one_shot_bytes and num_bytes % 16 == 0
@@ -115,6 +126,15 @@ class NcclRanks:
         buffer = self._buffers[x.dtype][: x.numel()].view(x.shape)
         group = dist.group.WORLD.group_name  # type: ignore[union-attr]
         return torch.ops.symm_mem.one_shot_all_reduce_copy(buffer, x.contiguous(), "sum", group)
+
+    def _two_shot(self, x: Tensor) -> Tensor:
+        """Each GPU adds its share of the values and hands it to the others; the result is gone with the next call but one."""
+        self._turn ^= 1
+        half = self._buffers[x.dtype][self._turn * (_LARGEST_ONE_SHOT // x.itemsize) :]
+        buffer = half[: x.numel()].view(x.shape)
+        buffer.copy_(x)
+        group = dist.group.WORLD.group_name  # type: ignore[union-attr]
+        return torch.ops.symm_mem.two_shot_all_reduce_(buffer, "sum", group)
 
     def _nccl_all_reduce(self, x: Tensor) -> Tensor:
         dist.all_reduce(x)

@@ -82,8 +82,9 @@ class TestCollectives:
             pytest.skip("this machine maps no memory between processes")
         for seed in range(50):
             x = values_of(ranks.rank + 10 * seed, 72, 4096, dtype)
-            found, expected = ranks._one_shot(x), ranks._nccl_all_reduce(x.clone())
-            assert relative_error(found, expected) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
+            expected = ranks._nccl_all_reduce(x.clone())
+            for found in (ranks._one_shot(x), ranks._two_shot(x)):
+                assert relative_error(found, expected) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
 
     @pytest.mark.parametrize("shape", [(8, 7), (72, 7), (3, 5), (2,), (72, 256)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])

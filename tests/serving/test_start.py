@@ -24,11 +24,14 @@ END_S = 60
 
 @contextlib.contextmanager
 def starting(engine: Path, folder: Path, *options: str) -> Iterator[Service]:
-    """A service that starts; it is killed in the end if it still runs."""
+    """A service that starts; it is ended if it still runs."""
     service = Service(engine, folder, *options, wait=False)
     try:
         yield service
     finally:
+        service.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            service.process.wait(END_S)
         service.process.kill()
         service.process.wait()
 
