@@ -136,7 +136,7 @@ def test_an_error_of_configuration_is_not_tried_again(engine: Path, tmp_path: Pa
 
 def test_what_a_signal_ended_is_told_from_what_ended_by_itself() -> None:
     commands = ["kill -9 $$", "exit 3", "sleep 60"]
-    code = f"import subprocess, time\nfor command in {commands}: subprocess.Popen(['sh', '-c', command])"
+    code = f"import subprocess, time\nkept = [subprocess.Popen(['sh', '-c', command]) for command in {commands}]"
     parent = spawn([sys.executable, "-c", f"{code}\ntime.sleep(60)"], os.environ)
     try:
         limit = time.monotonic() + END_S
