@@ -9,7 +9,9 @@ then the exit status is 0 and no process, socket or shared memory is left. While
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import random
 import signal
 import socket
 import ssl
@@ -26,6 +28,8 @@ from smc_plugin.errors import ConfigError, SmcError
 if TYPE_CHECKING:
     from smc_engines.serving.supervisor import ServeOptions
     from smc_engines.serving.tritonserver import Ports
+
+FREE_PORTS = range(16_384, 32_768)  # below Linux's ip_local_port_range
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +87,7 @@ def _parser(defaults: ServeOptions) -> argparse.ArgumentParser:
     add("serve-env", str, "virtual environment with the server's wheel (default .venv-serve)")
     seconds = {
         "drain": "how long running streams may go on after SIGTERM",
-        "start-timeout": "from the start to the first real inference",
+        "start-timeout": "longest time until a part that starts answers; then it is started again, twice in all",
         "hang-timeout": "longest silence of an executor",
         "probe-interval": "pause between two probes of the watchdog",
         "probe-timeout": "longest time of a probe",
@@ -228,19 +232,28 @@ def _port(host: str, name: str, port: int | None) -> int | None:
     if port is None:
         return None
     if port == 0:
-        with socket.socket() as free:
-            try:
-                free.bind((host, 0))
-            except OSError as error:
-                raise ConfigError(
-                    f"--host {host} cannot be listened on ({error.strerror}), expected an address of this machine: correct it"
-                ) from None
-            return free.getsockname()[1]
+        return _free_port(host)
     with socket.socket() as probe:
         probe.settimeout(1.0)
         if probe.connect_ex((host, port)) == 0:
             raise ConfigError(f"{name} {port} is in use on {host}, expected a free port: choose another")
     return port
+
+
+def _free_port(host: str) -> int:
+    """A port that nobody uses, outside the range from which the system gives ports to others (mpirun's, say) meanwhile."""
+    for port in random.sample(FREE_PORTS, 100):
+        with socket.socket() as free:
+            try:
+                free.bind((host, port))
+            except OSError as error:
+                if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                    continue
+                raise ConfigError(
+                    f"--host {host} cannot be listened on ({error.strerror}), expected an address of this machine: correct it"
+                ) from None
+            return port
+    raise ConfigError("no free port was found for one that is 0, expected one: choose a port")
 
 
 def _addresses(

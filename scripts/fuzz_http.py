@@ -25,7 +25,7 @@ from typing import Any
 import hypothesis
 import schemathesis
 from schemathesis.specs.openapi import checks
-from served import serve, tiny_engine
+from served import end_by_sigterm, serve, tiny_engine
 
 ANSWER_S = 60.0
 MOST_EVENTS = 100_000  # of a stream; schemathesis hangs up after 100 otherwise, and the stream looks cut
@@ -184,6 +184,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    end_by_sigterm()
     with tempfile.TemporaryDirectory() as folder:
         engine = tiny_engine(Path(folder) / "model")
         with serve(engine) as service:

@@ -192,9 +192,16 @@ def serve(
                 served.wait(lambda: "try it:" in served.log, START_S, "smc-serve is ready")
             yield served
         finally:
-            if process.poll() is None:
-                process.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(120)
-            process.kill()
-            process.wait()
+            try:
+                if process.poll() is None:
+                    process.terminate()
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(120)
+            finally:  # also when a second Ctrl-C ends the wait
+                process.kill()
+                process.wait()
+
+
+def end_by_sigterm() -> None:
+    """Let SIGTERM unwind this process as Ctrl-C does, so that what it serves ends too."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from served import Served, serve, tiny_engine
+from served import Served, end_by_sigterm, serve, tiny_engine
 
 from smc_build.engine_dir import load_manifest
 from smc_engines.serving.triton_client import ServingError, TritonClient, text_of
@@ -339,6 +339,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, nargs="+", default=list(CROWDS))
     parser.add_argument("--output", type=Path, help="write the report there as JSON")
     options = parser.parse_args()
+    end_by_sigterm()
     with contextlib.ExitStack() as stack:
         engine = options.engine
         if engine is None:

@@ -18,6 +18,7 @@ import numpy as np
 from smc_engines.serving.grpc_tls import Trust
 from smc_engines.serving.triton_client import ServingError, TritonClient
 
+NO_LISTENER = "nobody listens"
 _INPUTS: dict[str, dict[str, Any]] = {
     "smc": {},
     "ensemble": {"text_input": "", "max_tokens": 1},
@@ -56,7 +57,7 @@ def probe_front(host: str, port: int, secure: bool, timeout_s: float) -> str | N
     """Probe the OpenAI front, which may be stopped although its process lives.
 
     Returns:
-        None if it answers, else what is wrong.
+        None if it answers, else what is wrong: NO_LISTENER while it is being imported.
     """
     kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     trust: dict[str, Any] = (
@@ -66,6 +67,8 @@ def probe_front(host: str, port: int, secure: bool, timeout_s: float) -> str | N
     try:
         connection.request("GET", "/health")
         status = connection.getresponse().status
+    except ConnectionRefusedError:
+        return NO_LISTENER
     except (OSError, http.client.HTTPException) as error:
         return repr(error)
     finally:
@@ -74,7 +77,7 @@ def probe_front(host: str, port: int, secure: bool, timeout_s: float) -> str | N
 
 
 class Prober:
-    """Runs probes in turn, for ever, in a thread of its own.
+    """Runs probes in turn, for ever, in a thread of its own. What did not answer in its time is asked once more at once.
 
     Args:
         probes: by name, each called with timeout_s and when it began, and giving what is wrong, or None.
@@ -106,5 +109,12 @@ class Prober:
             for name, run in self._probes.items():
                 if self._closing.is_set():
                     return
-                started = time.monotonic()
-                self._on_result(name, run(self._timeout_s, started), started)
+                if self._timed_out(name, run) and not self._closing.is_set():
+                    self._timed_out(name, run)
+
+    def _timed_out(self, name: str, run: Callable[[float, float], str | None]) -> bool:
+        """Run one probe. An error that comes at once may be of something that starts, so it waits for the next round."""
+        started = time.monotonic()
+        wrong = run(self._timeout_s, started)
+        self._on_result(name, wrong, started)
+        return wrong is not None and time.monotonic() - started >= self._timeout_s

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
+
+_EXIT_CODE, _SIGNAL = 49, 0x7F  # the field after the state, as waitpid would give it; its bits of the signal
 
 # Runs in the child before the real command: asks the kernel for a SIGKILL when the parent's thread ends, then becomes it.
 # A preexec_fn would do the same between fork and exec, which is not safe in a process with threads.
@@ -68,13 +70,21 @@ def kill_group(child: subprocess.Popen[bytes]) -> None:
 
 def group_members(group: int) -> list[int]:
     """Live processes (zombies aside) of a process group."""
-    members = []
+    return [pid for pid, fields in _members(group) if fields[0] != "Z"]
+
+
+def killed_members(group: int) -> list[int]:
+    """Zombies of a process group that a signal ended: their parent has yet to find out."""
+    return [pid for pid, fields in _members(group) if fields[0] == "Z" and int(fields[_EXIT_CODE]) & _SIGNAL]
+
+
+def _members(group: int) -> Iterator[tuple[int, list[str]]]:
+    """Process ids of a group, with what /proc/PID/stat says from the state on."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[2]) == group and fields[0] != "Z":
-                members.append(int(stat.parent.name))
-    return members
+            if int(fields[2]) == group:
+                yield int(stat.parent.name), fields
 
 
 def command_line(pid: int) -> list[str]:

@@ -4,9 +4,10 @@
               ├─ tritonserver ── 4 stubs   (the adapters; gRPC, HTTP, metrics)
               └─ OpenAI front              (only with --openai-port)
 
-What happens when a part dies: the executor is started again at once (adapters fail its requests and reconnect by
-themselves); so are tritonserver and the front. A dead stub is invisible to tritonserver: its model is unloaded and loaded
-again, and if requests were in flight in it, whose streams would hang for ever, tritonserver is restarted.
+While it starts, start.py looks after the parts. What happens when one dies later: the executor is started again at once
+(adapters fail its requests and reconnect by themselves); so are tritonserver and the front. A dead stub is invisible to
+tritonserver: its model is unloaded and loaded again, and if requests were in flight in it, whose streams would hang for
+ever, tritonserver is restarted.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
 
@@ -38,8 +38,10 @@ from smc_engines.serving import tritonserver
 from smc_engines.serving.control import ControlLine
 from smc_engines.serving.grpc_tls import Trust, certified_name, client_arguments
 from smc_engines.serving.logs import Log
-from smc_engines.serving.probe import Prober, probe, probe_front
+from smc_engines.serving.part import CRASH_LIMIT, CRASH_WINDOW_S, Part
+from smc_engines.serving.probe import NO_LISTENER, Prober, probe, probe_front
 from smc_engines.serving.process import command_line, end, group_members, kill_group, spawn
+from smc_engines.serving.start import SERVER_START_S, TURNS_OF_A_PROBE, Start
 from smc_engines.serving.tritonserver import MODELS, Installation, Ports
 from smc_plugin.errors import ConfigError, SmcError
 
@@ -47,14 +49,10 @@ FRONT = "openai"
 RUNTIME_PREFIX = "smc-serve-"
 TICK_S = 0.1
 LOST_CLIENT_WAIT_S = 3.0
-CRASH_LIMIT, CRASH_WINDOW_S = 5, 60.0
 DRAIN_MARGIN_S = 15.0
 STALL_S = 5.0  # unloading one model takes a second or two where other work is going on
-SERVER_START_S = 60.0
-TURNS_OF_A_PROBE = 4  # turns of the executor within which it has surely answered a probe that reached it
 LATE_PROBE_S = 1.0
-START_PROBE_S = 5.0
-KILLED_BY_SIGNAL = 128  # mpirun's status when a signal ended a rank is more than this, by the signal's number
+READY_S = 2.0
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -70,7 +68,7 @@ class ServeOptions:
         openai_api_key_file: with keys that the OpenAI front asks for. openai_cert, openai_key: PEM files for its TLS.
         max_queue: requests that may wait for others to end; one more is refused at once.
         drain_s: how long running streams may go on after SIGTERM.
-        start_timeout_s: from start to the first real inference. hang_timeout_s: longest silence of an executor.
+        start_timeout_s: longest time until a part that starts answers. hang_timeout_s: longest silence of an executor.
         probe_interval_s, probe_timeout_s: of the watchdog.
     """
 
@@ -148,32 +146,6 @@ def executor_command(options: ServeOptions, address: str, tp: int = 1) -> list[s
     return command
 
 
-@dataclass
-class Part:
-    """A supervised process.
-
-    Args:
-        start: starts it.
-        starts: when it was started, on the monotonic clock.
-    """
-
-    name: str
-    start: Callable[[], Popen[bytes]]
-    process: Popen[bytes] | None = None
-    starts: deque[float] = field(default_factory=lambda: deque(maxlen=CRASH_LIMIT + 1))
-
-    def launch(self) -> Popen[bytes]:
-        """Start it (again)."""
-        self.starts.append(time.monotonic())
-        self.process = self.start()
-        return self.process
-
-    @property
-    def crashing(self) -> bool:
-        """Whether it, having ended, was started too often of late."""
-        return len(self.starts) > CRASH_LIMIT and time.monotonic() - self.starts[0] < CRASH_WINDOW_S
-
-
 def _appended(path: str | None) -> io.FileIO | None:
     """The log file, open.
 
@@ -212,8 +184,8 @@ class Supervisor:
         self._results: queue.SimpleQueue[tuple[str, str | None, float]] = queue.SimpleQueue()
         self._prober: Prober | None = None
         self._failures: dict[str, int] = {}
-        self._settled_at = self._front_answered_at = 0.0
-        self.stopping = False
+        self._settled_at = self._connected_at = 0.0
+        self.stopping = self.ready = False
 
     @property
     def grpc_address(self) -> str:
@@ -229,26 +201,16 @@ class Supervisor:
         """Start everything and wait until each model answers a real inference, and the OpenAI front a request.
 
         Raises:
-            SmcError: a process ended, or the time is up.
+            SmcError: a part ended by itself, or was started again as often as may be.
         """
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # children inherit it: a connection is a descriptor
         for part in self.parts:
             part.launch()
-        limit = time.monotonic() + self.options.start_timeout_s
-        waiting = [*MODELS, FRONT] if self.openai_port is not None else list(MODELS)
-        while waiting and not self.stopping:
-            for part in self.parts:
-                self._see_it_start(part)
-            if time.monotonic() > limit:
-                raise SmcError(
-                    f"{', '.join(waiting)} did not answer, expected an answer within {self.options.start_timeout_s:g} s: "
-                    "see the messages above, or raise --start-timeout"
-                )
-            if self.control.connected and self._answers(waiting[0]):
-                waiting.pop(0)
-            else:
-                time.sleep(TICK_S)
+        start = Start(self, self.options.start_timeout_s, self.options.hang_timeout_s)
+        while not self.stopping and not start.look():
+            time.sleep(TICK_S)
+        self.ready = not self.stopping
         self._find_stubs()
         self._prober = Prober(
             self._probes(),
@@ -258,25 +220,27 @@ class Supervisor:
         )
         self._write_state()
 
-    def _see_it_start(self, part: Part) -> None:
-        """Start a part that something killed once more; one that ended by itself has said why, and would again."""
-        status = None if part.process is None else part.process.poll()
-        if part.process is None or status is None:
-            return
-        if 0 <= status <= KILLED_BY_SIGNAL or part.crashing:
-            raise SmcError(
-                f"{part.name} ended with status {status} while starting, expected it to serve: see its messages above"
-            )
-        self._log.error("restart", name=part.name, reason=f"ended with status {status} while starting")
-        kill_group(part.process)
+    def answers(self, part: Part) -> bool:
+        """Whether a part that starts is there: an executor or a front that answers, a server that has loaded its models."""
+        if part is self.executor:
+            return self.control.connected
+        if part is self.front:
+            return self._probe_front(READY_S) is None
+        with contextlib.closing(self._connect()) as client, contextlib.suppress(InferenceServerException):
+            return bool(client.is_server_ready(client_timeout=READY_S))
+        return False
+
+    def probe_model(self, model: str, timeout_s: float) -> str | None:
+        """See probe."""
+        return probe(self.grpc_address, model, timeout_s, trust=self._trust)
+
+    def replace(self, part: Part) -> None:
+        """Kill what is left of a part and start it again."""
+        if part.process is not None:
+            kill_group(part.process)
         if part is self.server:
             self._remove_shared_memory()
         part.launch()
-
-    def _answers(self, name: str) -> bool:
-        if name == FRONT:
-            return self._probe_front(START_PROBE_S) is None
-        return probe(self.grpc_address, name, START_PROBE_S, trust=self._trust) is None
 
     def _probe_front(self, timeout_s: float) -> str | None:
         return probe_front(self.ports.host, self.openai_port or 0, self.options.openai_cert is not None, timeout_s)
@@ -322,6 +286,8 @@ class Supervisor:
                 self._restart(part, f"ended with status {part.process.returncode}")
         if self.control.silence_s > self.options.hang_timeout_s:
             self._restart(self.executor, f"said nothing for {self.control.silence_s:.0f} s")
+        if self._absence_s() > self.options.start_timeout_s:
+            self._restart(self.executor, f"did not answer within {self.options.start_timeout_s:g} s")
         for model, pid in self._stubs.items():
             if not command_line(pid):
                 self._heal_stub(model, pid)
@@ -329,6 +295,13 @@ class Supervisor:
         if not self.control.connected:
             self._settled_at = time.monotonic()
         self._read_probes()
+
+    def _absence_s(self) -> float:
+        """For how many seconds an executor that was started (again) has not been there."""
+        now = time.monotonic()
+        if self.control.connected:
+            self._connected_at = now
+        return now - max(self._connected_at, self.executor.starts[-1])
 
     def _read_probes(self) -> None:
         while not self._results.empty():
@@ -347,10 +320,9 @@ class Supervisor:
 
     def _front_starts(self, wrong: str | None) -> bool:
         """Whether the front has yet to answer its first probe; nobody answers while it is being imported."""
-        if wrong is None:
-            self._front_answered_at = time.monotonic()
-        started_at = self.front.starts[-1]
-        return self._front_answered_at < started_at and time.monotonic() < started_at + SERVER_START_S
+        self.front.answered = self.front.answered or wrong is None
+        young = time.monotonic() < self.front.starts[-1] + SERVER_START_S
+        return wrong == NO_LISTENER and not self.front.answered and young
 
     def _restart(self, part: Part, reason: str) -> None:
         self._log.error("restart", name=part.name, reason=reason)
@@ -358,11 +330,7 @@ class Supervisor:
             raise SmcError(
                 f"{part.name} ended {CRASH_LIMIT + 1} times within {CRASH_WINDOW_S:g} s, expected it to serve: see its messages"
             )
-        if part.process is not None:
-            kill_group(part.process)
-        if part is self.server:
-            self._remove_shared_memory()
-        part.launch()
+        self.replace(part)
         if part is self.server:
             self._wait_for_server()
         self._settled_at = time.monotonic()
@@ -393,8 +361,8 @@ class Supervisor:
     def _reload(self, model: str) -> bool:
         try:
             with contextlib.closing(self._connect()) as client:
-                client.unload_model(model)
-                client.load_model(model)
+                client.unload_model(model, client_timeout=SERVER_START_S)
+                client.load_model(model, client_timeout=SERVER_START_S)
         except InferenceServerException as error:
             self._log.error("reload_failed", model=model, reason=str(error))
             return False
@@ -403,13 +371,11 @@ class Supervisor:
 
     def _wait_for_server(self) -> None:
         """Until a restarted server has loaded its models; it may also die meanwhile, which the next look sees."""
-        limit = time.monotonic() + SERVER_START_S
-        with contextlib.closing(self._connect()) as client:
-            while time.monotonic() < limit and self.server.process is not None and self.server.process.poll() is None:
-                with contextlib.suppress(InferenceServerException):
-                    if client.is_server_ready(client_timeout=1.0):
-                        break
-                time.sleep(TICK_S)
+        limit, server = time.monotonic() + SERVER_START_S, self.server
+        while time.monotonic() < limit and server.process is not None and server.process.poll() is None:
+            if self.answers(server):
+                break
+            time.sleep(TICK_S)
         self._find_stubs()
 
     def _connect(self) -> grpcclient.InferenceServerClient:
@@ -476,6 +442,8 @@ class Supervisor:
 
     def drain(self) -> None:
         """End in order: no new requests, streams finish, then the front, the server and the executor go."""
+        if not self.ready:
+            return
         self._log.info("draining", seconds=self.options.drain_s)
         if self._prober is not None:
             self._prober.close()
@@ -504,12 +472,12 @@ class Supervisor:
                 stalled = time.monotonic() + STALL_S
 
     def close(self) -> None:
-        """End every process and remove what they left."""
+        """End every process and remove what they left; at once where there was no service yet."""
         for part, timeout_s in ((self.front, 10.0), (self.server, 0.0), (self.executor, 5.0)):
             if part.process is not None:
-                if part is self.server:
+                if part is self.server and self.ready:
                     self._unload(part.process)
-                status = end(part.process, timeout_s)
+                status = end(part.process, timeout_s if self.ready else 0.0)
                 self._log.info("ended", name=part.name, status=status)
         self.control.close()
         for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):

@@ -30,9 +30,10 @@ class Service:
         engine: engine directory.
         folder: for its state file and log.
         options: further command-line options.
+        wait: until it is ready.
     """
 
-    def __init__(self, engine: Path, folder: Path, *options: str) -> None:
+    def __init__(self, engine: Path, folder: Path, *options: str, wait: bool = True) -> None:
         self.engine, self.log = engine, folder / "serve.log"
         self._state_file = folder / "state.json"
         ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics", "openai", "status")]
@@ -42,6 +43,11 @@ class Service:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True
             )
+        if wait:
+            self.wait_ready()
+
+    def wait_ready(self) -> None:
+        """Wait until it answers."""
         self.wait(lambda: "try it:" in self.output(), START_S, "smc-serve is ready")
 
     @property
@@ -60,6 +66,11 @@ class Service:
             if time.monotonic() > limit or self.process.poll() not in (None, 0):
                 raise AssertionError(f"not within {timeout_s} s: {what}\n{self.output()[-4000:]}")
             time.sleep(0.05)
+
+    def restarts(self) -> list[str]:
+        """What it started again so far, and why."""
+        events = [json.loads(line) for line in self.output().splitlines() if '"event": "restart"' in line]
+        return [f"{event['name']} {event['reason']}" for event in events]
 
     def url(self, port: str, path: str) -> str:
         """Address of a page on one of the ports."""
