@@ -179,6 +179,19 @@ def test_the_estimated_spread_of_the_evidence_is_about_its_spread(toy: Toy) -> N
     assert all(info.final_ess == info.ess[-1] for info in infos if info.ess)
 
 
+def test_the_certificate_of_a_mix_is_that_of_its_weights(toy: Toy) -> None:
+    """A lossless round reports the ESS that weighing would have left; the weights it leaves as they are, equal ones."""
+    params = replace(BASE, num_particles=8, max_tokens=10, ignore_eos=True, exact_below=0.9, ess_threshold=0.0)
+    infos = [info_of(output) for output in sample(toy.executor(**GROUPS), toy.prompt, params, 60, seed=12)]
+    for info in infos:
+        weights = np.exp([particle.log_weight for particle in info.particles])
+        assert info.final_ess == pytest.approx(weights.sum() ** 2 / (weights**2).sum())
+        # one particle is drawn where the ESS got low, and by nothing else here
+        means = [1 / entry.ess - 1 / 8 for entry in info.trace[:-1] if entry.resampled] + [1 / info.final_ess - 1 / 8]
+        assert info.log_evidence_sd == pytest.approx(np.sqrt(sum(means)), abs=1e-9)
+    assert sum(info.final_ess > 7.999 > info.ess[-1] for info in infos) > 5
+
+
 def test_the_mix_refuses_a_power_since_its_ends_differ_there() -> None:
     with pytest.raises(RequestError, match="expected one law: set exact_below to 0 or 1"):
         SamplingParams(exact_below=0.5, power_alpha=2.0)
