@@ -9,6 +9,7 @@ import torch
 from smc_engines.sampling_params import SamplingParams
 from smc_plugin.errors import RequestError
 from smc_plugin.reference import options
+from smc_plugin.reference.resample import Resampled
 from tests.engines.test_laws import BASE, GROUPS, evidence, grouped
 from tests.toy import Toy, assert_drawn_from, assert_means, info_of, merge_rare, particle_law, sample
 
@@ -129,6 +130,45 @@ def test_schemes_give_each_particle_its_share(scheme) -> None:
         assert (counts < (6 * weights).floor()).any()
     if scheme == "systematic":
         assert (counts <= (6 * weights).ceil()).all()
+
+
+@pytest.mark.parametrize("power", [1.0, 0.75, 0.3])
+@pytest.mark.parametrize("scheme", ["systematic", "stratified", "residual"])
+def test_resampling_keeps_the_mass_of_each_particle(scheme, power: float) -> None:
+    """Evidence times what its offspring weigh is on average what a particle weighed: closer than whole answers can tell."""
+    log_weights = torch.tensor([[0.7, -1.0, -torch.inf, 1.5, -3.0, -0.2]], dtype=torch.float64).expand(20000, -1)
+    zero, yes = torch.zeros(20000, dtype=torch.int64), torch.ones(20000, dtype=torch.bool)
+    flat = torch.ones(20000, dtype=torch.float64)
+    decided = options.resample_if_needed(
+        *(log_weights, torch.arange(20000), zero, flat, yes, 0.4 * flat, scheme, power * flat)
+    )
+    assert decided.resampled.all()
+    offspring = torch.nn.functional.one_hot(decided.ancestors, 6) * decided.log_weights.exp()[..., None]
+    mass = (decided.log_evidence.exp()[:, None] * offspring.mean(dim=1)).numpy()
+    live = [0, 1, 3, 4, 5]
+    assert mass[:, 2].max() == 0
+    assert_means(mass[:, live], (np.exp(0.4) * log_weights[0].exp() / 6)[live].tolist())
+    assert (decided.log_weights.std(dim=1) > 0.1).any() == (power < 1)
+
+
+def test_drawing_one_particle_keeps_the_mass_of_each() -> None:
+    log_weights = torch.tensor([[0.7, -1.0, -torch.inf, 1.5]], dtype=torch.float64).expand(20000, -1)
+    zero, flat = torch.zeros(20000, dtype=torch.int64), torch.ones(20000, dtype=torch.float64)
+    as_before = options.follow(
+        *(Resampled(log_weights, flat, zero[:, None].expand(-1, 4), flat, zero > 0), zero == 0, zero + 3, flat),
+        *(log_weights, 0.4 * flat),
+    )
+    assert as_before.ancestors.unique().tolist() == [3]
+    assert (as_before.log_evidence == 0.4).all()
+    decided = options.collapse(as_before, torch.arange(20000) > 0, log_weights, torch.arange(20000), zero, 0.4 * flat)
+    assert (decided.log_weights[1:] == 0).all()
+    assert torch.equal(decided.log_weights[0], log_weights[0])
+    one = decided.ancestors[1:, 0]
+    assert (decided.ancestors[1:] == one[:, None]).all()
+    mass = torch.nn.functional.one_hot(one, 4) * decided.log_evidence[1:].exp()[:, None]
+    assert mass[:, 2].max() == 0
+    live = [0, 1, 3]
+    assert_means(mass.numpy()[:, live], (np.exp(0.4) * log_weights[0].exp() / 4)[live].tolist())
 
 
 def first_forks(outputs) -> list[tuple[int, ...]]:
