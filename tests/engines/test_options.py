@@ -11,7 +11,7 @@ from smc_plugin.errors import RequestError
 from smc_plugin.reference import options
 from smc_plugin.reference.resample import Resampled
 from tests.engines.test_laws import BASE, GROUPS, evidence, grouped
-from tests.toy import Toy, assert_drawn_from, assert_means, info_of, merge_rare, particle_law, sample
+from tests.toy import Toy, assert_drawn_from, assert_means, info_of, log_softmax, merge_rare, particle_law, sample
 
 UNBIASED = {
     "early ends": {"truncate_rounds": True, "ess_threshold": 0.8},
@@ -224,6 +224,10 @@ def test_a_poor_certificate_falls_back_to_the_target_itself(clash: Toy) -> None:
         assert info.discarded_rounds == (old.rounds if info.fell_back else 0)
         if not info.fell_back:
             assert output.token_ids == before.token_ids
+    # with the numbers that led to a poor certificate it would be speculative decoding's answer to the same seed
+    same = sample(clash.executor(**GROUPS), clash.prompt, replace(BASE, mode="speculative"), 350, seed=31)
+    alike = [a.token_ids == b.token_ids for a, b in zip(outputs, same, strict=True) if info_of(a).fell_back]
+    assert sum(alike) < len(alike) / 2
 
 
 def test_nothing_is_shown_before_the_certificate_is_known(toy: Toy) -> None:
@@ -250,6 +254,22 @@ def test_the_estimated_spread_of_the_evidence_is_about_its_spread(toy: Toy) -> N
     assert all(info.final_ess == info.ess[-1] for info in infos if info.ess)
 
 
+def test_lossless_rounds_of_a_mix_draw_from_the_target(clash: Toy) -> None:
+    """A token that a lossless round draws first follows p given what precedes it, which this draft knows nothing of."""
+    params = replace(BASE, num_particles=2, num_draft_tokens=1, max_tokens=14, ignore_eos=True, exact_below=0.999)
+    outputs = sample(clash.executor(**GROUPS), clash.prompt, replace(params, ess_threshold=0.0), 400, seed=17)
+    answers = [output.token_ids for output in outputs]
+    p = np.exp([[log_softmax(row) for row in logits] for logits in clash.target.along(answers)])
+    surprises = []
+    for answer, odds, output in zip(answers, p, outputs, strict=True):
+        for entry in info_of(output).trace[:-1]:
+            if entry.ess < 0.999 * 2:  # then the next round is a lossless one, over two drafts of one sequence
+                place = entry.context_len - len(clash.prompt)
+                surprises.append(np.eye(len(odds[0]))[answer[place]] - odds[place])
+    assert len(surprises) > 1500
+    assert_means(np.array(surprises), [0.0] * p.shape[-1])
+
+
 def test_the_certificate_of_a_mix_is_that_of_its_weights(toy: Toy) -> None:
     """A lossless round reports the ESS that weighing would have left; the weights it leaves as they are, equal ones."""
     params = replace(BASE, num_particles=8, max_tokens=10, ignore_eos=True, exact_below=0.9, ess_threshold=0.0)
@@ -261,6 +281,25 @@ def test_the_certificate_of_a_mix_is_that_of_its_weights(toy: Toy) -> None:
         means = [1 / entry.ess - 1 / 8 for entry in info.trace[:-1] if entry.resampled] + [1 / info.final_ess - 1 / 8]
         assert info.log_evidence_sd == pytest.approx(np.sqrt(sum(means)), abs=1e-9)
     assert sum(info.final_ess > 7.999 > info.ess[-1] for info in infos) > 5
+
+
+def test_a_slot_forgets_what_kind_of_round_would_have_come_next(toy: Toy) -> None:
+    """A request that is cancelled before a lossless round must not make the next one in its slot begin with one."""
+    params = replace(
+        BASE, num_particles=4, max_tokens=12, ignore_eos=True, exact_below=0.999, ess_threshold=0.0, seed=3
+    )
+    fresh = toy.executor(max_groups=1, num_pages=200).generate([toy.prompt], params)[0]
+    executor = toy.executor(max_groups=1, num_pages=200)
+    executor.submit("a", toy.prompt, replace(params, seed=1))
+    for _ in range(2):
+        executor.step()
+    assert executor.slots.state.exact_next[0]
+    executor.cancel("a")
+    while executor.has_work:
+        executor.step()
+    again = executor.generate([toy.prompt], params)[0]
+    assert [entry.ess for entry in info_of(again).trace] == [entry.ess for entry in info_of(fresh).trace]
+    assert again.token_ids == fresh.token_ids
 
 
 def test_the_mix_refuses_a_power_since_its_ends_differ_there() -> None:
