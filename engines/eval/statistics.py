@@ -115,7 +115,8 @@ def _against(own: list[dict[str, Any]], exact: list[dict[str, Any]]) -> dict[str
     found: dict[str, Any] = {}
     if len(common) > 1:  # a single difference says nothing about its own error
         mean, half = mean_and_half_width([ours[item] - theirs[item] for item in common])
-        found |= {"accuracy_gain": mean, "accuracy_gain_half_width": half}
+        # where no problem tells them apart, how many more would is not known: 0 would be no interval
+        found |= {"accuracy_gain": mean, "accuracy_gain_half_width": half or None}
     begins, others = _beginnings(own), _beginnings(exact)
     squares = [
         mmd_squared(begins[item], others[item]) for item in common if len(begins[item]) > 1 and len(others[item]) > 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from smc_engines import eval_cli
-from smc_engines.eval import statistics
+from smc_engines.eval import report, statistics
 from smc_engines.eval.runner import Answers
 from smc_engines.eval.settings import Setting, grid, parse_axis
 from smc_engines.eval.tasks import Item, Task, load_task
@@ -209,6 +209,20 @@ def test_the_chain_task_refuses_an_engine_that_cannot_read_it(
     assert "choose --task arithmetic, copying or recall" in capsys.readouterr().err
     task = load_task("chain")
     task.check(Tokenizer.load(Path(__file__).parents[2] / "models" / "task-pair" / "target"), task.items(3, 1))
+
+
+def test_equal_answers_have_no_interval_of_differences() -> None:
+    """Four problems without a difference were once reported as +0.0 ± 0.0."""
+    base = {"tokens": 4, "rounds": 2, "seconds": 1.0, "log_p": -1.0, "ess": [], "resamples": 0, "recoveries": 0}
+    base |= {"log_evidence": 0.0, "beginning": [1], "text": "a", "seed": 0}
+    settings = (
+        {"mode": "target", "temperature": 1.0},
+        {"mode": "speculative", "num_draft_tokens": 2, "temperature": 1.0},
+    )
+    records = [base | {"setting": one, "item": item, "right": item < 3} for one in settings for item in range(4)]
+    target, speculative = statistics.summarise(records)
+    assert (speculative["accuracy_gain"], speculative["accuracy_gain_half_width"]) == (0.0, None)
+    assert "+0.0  " in report.table([target, speculative])
 
 
 def test_one_problem_has_no_interval_of_differences(command: list[str]) -> None:

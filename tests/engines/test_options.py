@@ -98,6 +98,22 @@ def test_early_ends_stop_where_the_ess_gets_low(toy: Toy) -> None:
     assert {info_of(output).rounds for output in calm} == {2}
 
 
+def assert_follow(p: np.ndarray, tokens: list[int]) -> None:
+    """Each token is drawn from its own row of p [R, V], given what precedes it: counts against their exact spread."""
+    surplus = (np.eye(p.shape[1])[tokens] - p).sum(axis=0)
+    z = surplus / np.sqrt((p * (1 - p)).sum(axis=0))
+    assert np.abs(z).max() < 4.5, z
+
+
+def test_the_bonus_of_a_round_that_ends_early_follows_its_last_token(clash: Toy) -> None:
+    """At θ = 1 every round ends after one draft token, so that the third token of three is a bonus: p given the other two."""
+    params = replace(BASE, num_particles=8, num_draft_tokens=3, max_tokens=3, ignore_eos=True, ess_threshold=1.0)
+    outputs = sample(clash.executor(**GROUPS), clash.prompt, replace(params, truncate_rounds=True), 800, seed=23)
+    answers = [output.token_ids for output in outputs]
+    p = np.exp([log_softmax(logits) for logits in clash.target.along(answers)[:, 2]])
+    assert_follow(p, [answer[2] for answer in answers])
+
+
 def test_weighing_until_the_ess_is_low_stops_at_the_first_such_token() -> None:
     """The example of the module's text, and a group that dies: recovery still wins where it comes first."""
     no = torch.zeros(3, dtype=torch.bool)
@@ -260,14 +276,15 @@ def test_lossless_rounds_of_a_mix_draw_from_the_target(clash: Toy) -> None:
     outputs = sample(clash.executor(**GROUPS), clash.prompt, replace(params, ess_threshold=0.0), 400, seed=17)
     answers = [output.token_ids for output in outputs]
     p = np.exp([[log_softmax(row) for row in logits] for logits in clash.target.along(answers)])
-    surprises = []
+    rows, tokens = [], []
     for answer, odds, output in zip(answers, p, outputs, strict=True):
         for entry in info_of(output).trace[:-1]:
             if entry.ess < 0.999 * 2:  # then the next round is a lossless one, over two drafts of one sequence
                 place = entry.context_len - len(clash.prompt)
-                surprises.append(np.eye(len(odds[0]))[answer[place]] - odds[place])
-    assert len(surprises) > 1500
-    assert_means(np.array(surprises), [0.0] * p.shape[-1])
+                rows.append(odds[place])
+                tokens.append(answer[place])
+    assert len(rows) > 1500
+    assert_follow(np.array(rows), tokens)
 
 
 def test_the_certificate_of_a_mix_is_that_of_its_weights(toy: Toy) -> None:

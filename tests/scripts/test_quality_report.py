@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from scripts import quality_report, sweep_quality
+from scripts import distil_task_draft, quality_report, sweep_quality
 from scripts.first_errors import first_error, first_error_ratios
+from smc_build.builder import BuildOptions, build_engine
+from smc_build.engine_dir import load_manifest
 from smc_engines.eval import chain
 from smc_plugin.errors import ConfigError
 
@@ -84,7 +86,9 @@ def test_the_evidence_of_wrong_answers_has_the_interval_of_problems() -> None:
     assert found["evidence_of_wrong_half_width"] == pytest.approx(1.959964 * 0.25)
 
 
-def test_a_small_sweep_is_collected(tmp_path: Path) -> None:
+def test_a_small_sweep_is_collected_and_a_draft_learns_from_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two settings of the shipped pair; one answer is spoilt, so that there is an error to look at."""
     command = ["--output", str(tmp_path), "--work", str(tmp_path / "work"), "--device", "cpu", "--groups", "4"]
     command += ["--dtype", "float32", "--workers", "1", "--problems", "2"]
@@ -105,3 +109,18 @@ def test_a_small_sweep_is_collected(tmp_path: Path) -> None:
     (target, smc) = figures["errors"]
     assert (target["label"], smc["label"]) == ("target T=1", "smc N=4 K=8 T=1")
     assert sum(target["wrong_per_hundred"]) >= 25
+    options = ["--output", str(tmp_path / "draft"), "--steps", "3", "--rows", "2", "--held-out", "1", "--chi2", "1"]
+    assert distil_task_draft.main([str(tmp_path), *options, "--threads", "1"]) == 0
+    learned = json.loads((tmp_path / "draft" / "report.json").read_text())
+    assert learned["before"]["acceptance"] == pytest.approx(0.86, abs=0.1)
+    assert learned["after"]["log_1_plus_chi2"] < learned["before"]["log_1_plus_chi2"]
+    assert load_manifest(_engine(tmp_path / "draft", tmp_path / "engine"), verify=True).draft is not None
+    options[options.index("--held-out") + 1] = "2"
+    assert distil_task_draft.main([str(tmp_path), *options, "--threads", "1"]) == 1
+    assert "0 answers are left to learn from" in capsys.readouterr().err
+
+
+def _engine(draft: Path, output: Path) -> Path:
+    target = str(sweep_quality.PAIR / "target")
+    build_engine(BuildOptions(target, draft=str(draft), output=output, dtype="float32", particles=2, draft_tokens=2))
+    return output
