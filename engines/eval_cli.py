@@ -16,6 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ import torch
 
 from smc_build.command_line import CommandParser
 from smc_engines.config import ExecutorConfig
+from smc_engines.engine import Limits
 from smc_engines.eval import plot, report
 from smc_engines.eval.runner import Answers, Work, run
-from smc_engines.eval.settings import MODES, Setting, grid, parse_axis, parse_numbers, parse_setting
+from smc_engines.eval.settings import MODES, Setting, grid, parse_axis, parse_numbers, parse_setting, single
 from smc_engines.eval.statistics import summarise
 from smc_engines.eval.tasks import TASKS, load_task
 from smc_engines.executor import Executor
@@ -53,7 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--temperature", default=str(SamplingParams.temperature), help="values of the temperature; default %(default)s"
     )
     parser.add_argument(
-        "--vary", action="append", default=[], metavar="NAME=VALUES", help="another sampling parameter of mode smc"
+        *("--vary",),
+        action="append",
+        default=[],
+        metavar="NAME=VALUES",
+        help="another sampling parameter, for the modes that look at it",
     )
     parser.add_argument(
         *("--also",),
@@ -113,16 +119,25 @@ def evaluate(args: argparse.Namespace, command: str = "smc-eval") -> dict[str, A
             f"--problems, --batch and --groups are {args.problems}, {args.batch} and {args.groups}, expected at least 1: raise "
             "them"
         )
-    settings, seeds = parse_settings(args), parse_numbers("--seeds", args.seeds)
+    settings, seeds = parse_settings(args), parse_seeds(args.seeds)
     task = load_task(args.task, args.task_config)
+    if args.threads is not None and args.threads < 1:
+        raise ConfigError(f"--threads is {args.threads}, expected at least 1: raise it, or leave it out")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     executor = Executor.from_engine_dir(args.engine, ExecutorConfig(device=args.device, max_groups=args.groups))
     items = task.items(args.problems, args.problem_seed)
     head = {"engine": executor.engine.manifest.name, "task": task.name, "task_settings": task.settings}
+    task.check(executor.engine.tokenizer, items)
+    settings = with_engine_defaults(settings, executor.engine.limits)
     head["problem_seed"] = args.problem_seed
-    models = executor.engine.manifest.target, executor.engine.manifest.draft
-    head["models"] = [model.source_sha256 for model in models if model is not None]
+    head |= {"models": [], "precision": []}
+    for model in (executor.engine.manifest.target, executor.engine.manifest.draft):
+        if model is not None:
+            head["models"].append(model.source_sha256 or f"random, seed {model.seed}")
+            head["precision"].append(asdict(model.precision))
+    # tokens/s of other machines and batches do not belong into one report
+    head |= {"device": device_name(executor.engine.device), "groups": args.groups, "batch": args.batch}
     print(
         f"{len(settings)} settings, {len(items)} problems, {len(seeds)} seeds on {executor.engine.device}",
         file=sys.stderr,
@@ -138,11 +153,7 @@ def evaluate(args: argparse.Namespace, command: str = "smc-eval") -> dict[str, A
             file=sys.stderr,
         )
     found = head | {"command": command, "problems": len(items), "seeds": seeds}
-    found |= {
-        "date": date.today().isoformat(),
-        "device": device_name(executor.engine.device),
-        "torch": torch.__version__,
-    }
+    found |= {"date": date.today().isoformat(), "torch": torch.__version__}
     found["rows"] = summarise(wanted(answers.records, dict.fromkeys(settings, len(items)), seeds))
     _write(found, args)
     return found
@@ -167,10 +178,33 @@ def parse_settings(args: argparse.Namespace) -> list[Setting]:
         axes[name] = values
     settings = grid([mode for mode in args.modes.split(",") if mode], axes)
     for text in args.also:
-        own = parse_setting(text)
-        single = {name: [value] for name, value in own.items() if name != "mode"}
-        settings += grid([own.get("mode", "smc")], {"temperature": axes["temperature"], **single})
+        settings += single(parse_setting(text), axes["temperature"])
+    if not settings:
+        raise ConfigError("the command names no setting, expected some --modes or --also: name at least one")
     return list(dict.fromkeys(settings))
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The numbers of --seeds, each once.
+
+    Raises:
+        ConfigError: there is none, or one that is too large or negative.
+    """
+    seeds = list(dict.fromkeys(parse_numbers("--seeds", text)))
+    if not seeds or not all(0 <= seed < 2**32 for seed in seeds):
+        raise ConfigError(f"--seeds expects whole numbers from 0 to 2^32 - 1 such as 0,1, got {text!r}: correct it")
+    return seeds
+
+
+def with_engine_defaults(settings: Sequence[Setting], limits: Limits) -> list[Setting]:
+    """Write down the N and K that the engine would choose: an engine of other limits would choose others."""
+
+    def complete(setting: Setting) -> Setting:
+        chosen = {"num_draft_tokens": limits.max_draft_tokens} if setting.mode != "target" else {}
+        chosen |= {"num_particles": limits.max_particles} if setting.mode == "smc" else {}
+        return Setting.of(chosen | {name: value for name, value in setting.values if value is not None})
+
+    return list(dict.fromkeys(complete(setting) for setting in settings))
 
 
 def wanted(
@@ -193,6 +227,9 @@ def device_name(device: torch.device) -> str:
 
 
 def _write(found: dict[str, Any], args: argparse.Namespace) -> None:
+    if not found["rows"]:
+        print("there is no answer yet, so no report is written: give it more time", file=sys.stderr)
+        return
     print(report.table(found["rows"]))
     if args.json is not None:
         report.write_json(found, args.json)

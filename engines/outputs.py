@@ -6,7 +6,6 @@ A stream of a request is a list of `RequestOutput`; their `new_text` joined is `
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -64,7 +63,7 @@ class RequestInfo:
         resamples: rounds that resampled. recoveries: rounds that ended early because all particles were dead.
         accepted_tokens: draft tokens accepted in all (`speculative` mode only, else 0).
         log_evidence: log Z-hat, an unbiased estimate in exp of the total of the sequence target. 0.0 where rounds are lossless.
-        ess: the ESS of each round in turn.
+        ess: the ESS of each round in turn; of a lossless one in a mix what weighing it would have left.
         trace: one RoundInfo a round.
         seed: the seed used, also when the request named none.
         selected: which particle is the answer.
@@ -72,7 +71,7 @@ class RequestInfo:
         token_logprobs: log p of each answer token under the target when asked for, else empty.
         queue_ms, first_token_ms, total_ms: from submission to admission, first settled token and end.
         log_evidence_sd: estimated standard deviation of log_evidence, from the ESS at each resampling and at the end.
-        final_ess: the last round's ESS; NaN without a round.
+        final_ess: ESS of the weights at the end, in [1, N]; of a cut answer that of its last round, 0 without one.
         fell_back: the particles' log_evidence was below `fallback_below`, and the answer is a lossless one instead. Then
             log_evidence, log_evidence_sd and final_ess are those of the particles, the others those of the answer.
         discarded_rounds: rounds of the particles that were given up, not in `rounds`.
@@ -96,7 +95,7 @@ class RequestInfo:
     first_token_ms: float = 0.0
     total_ms: float = 0.0
     log_evidence_sd: float = 0.0
-    final_ess: float = math.nan
+    final_ess: float = 0.0
     fell_back: bool = False
     discarded_rounds: int = 0
 

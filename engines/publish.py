@@ -140,10 +140,14 @@ class Publisher:
         log_probs: tuple[float, ...] = ()
         log_evidence = 0.0
         ess = [entry.ess for entry in request.trace]
+        final_ess = ess[-1] if ess else 0.0
         if selected is not None:
+            final_ess = float(request.num_particles)
             if params.mode == "smc" and not request.plan.kind.speculative:
                 log_weights = state.log_weights[slot : slot + 1, : request.num_particles]
                 log_evidence = float(state.log_evidence[slot] + weights.log_mean_exp(log_weights)[0])
+                # not that of the last round, which says of a lossless one what weighing it would have left
+                final_ess = float(weights.effective_sample_size(log_weights)[0])
             if params.return_particles:
                 particles = tuple(self._particle(request, index) for index in range(request.num_particles))
             if params.logprobs:
@@ -170,8 +174,8 @@ class Publisher:
             queue_ms=elapsed_ms(request.admitted_at),
             first_token_ms=elapsed_ms(request.first_token_at),
             total_ms=elapsed_ms(now),
-            log_evidence_sd=evidence_spread(request.trace) if params.mode == "smc" else 0.0,
-            final_ess=ess[-1] if ess else math.nan,
+            log_evidence_sd=evidence_spread(request.trace, final_ess) if params.mode == "smc" else 0.0,
+            final_ess=final_ess,
         )
         return info if request.given_up is None else _instead_of(request.given_up, info)
 
@@ -185,15 +189,20 @@ class Publisher:
         return Particle(tokens, float(state.log_weights[slot, index]), reason, text)
 
 
-def evidence_spread(trace: Sequence[RoundInfo]) -> float:
-    """Estimated standard deviation of log_evidence.
+def evidence_spread(trace: Sequence[RoundInfo], final_ess: float) -> float:
+    """Estimated standard deviation of log_evidence; 0 without a round.
 
     The factors of the evidence are means of weights, one a resampling and one at the end; a mean of N weights has relative
     variance (N / ESS - 1) / N, and the logarithms' variances add up. Weights of one group share ancestors, so this is a
     lower bound where few particles survive.
+
+    Args:
+        final_ess: of the weights at the end.
     """
-    ends = [entry for entry in trace[:-1] if entry.resampled] + list(trace[-1:])
-    return math.sqrt(sum(max(1 / entry.ess - 1 / len(entry.ancestors), 0.0) for entry in ends if entry.ess > 0))
+    if not trace:
+        return 0.0
+    ends = [entry.ess for entry in trace[:-1] if entry.resampled] + [final_ess]
+    return math.sqrt(sum(max(1 / ess - 1 / len(trace[0].ancestors), 0.0) for ess in ends if ess > 0))
 
 
 def _instead_of(given_up: RequestInfo, info: RequestInfo) -> RequestInfo:

@@ -29,10 +29,17 @@ sys.path.insert(0, str(REPOSITORY))
 
 from scripts import sweep_quality  # noqa: E402
 from scripts.first_errors import first_error_ratios  # noqa: E402
+from smc_engines import eval_cli  # noqa: E402
 from smc_engines.eval import plot  # noqa: E402
 from smc_engines.eval.report import write_json  # noqa: E402
 from smc_engines.eval.settings import Setting  # noqa: E402
-from smc_engines.eval.statistics import by_item, certificate_auc, mark_pareto, mean_and_half_width  # noqa: E402
+from smc_engines.eval.statistics import (  # noqa: E402
+    by_item,
+    certificate_auc,
+    mark_pareto,
+    mean_and_half_width,
+    summarise,
+)
 from smc_plugin.errors import ConfigError, SmcError  # noqa: E402
 
 FIGURES = REPOSITORY / "docs" / "benchmarks" / "quality-sweep.json"
@@ -87,10 +94,12 @@ def collect(folder: Path) -> dict[str, Any]:
     for record in records:
         answers[Setting.of(record["setting"]).key].append(record)
     found["command"] = re.sub(r"--(output|work) \S+", r"--\1 DIR", found["command"])
-    found["lossless"] = {}
+    counts = {Setting.of(row["setting"]): row["problems"] for row in found["rows"]}
+    found["rows"] = summarise(eval_cli.wanted(records, counts, found["seeds"]))
+    found["lossless"], lossless = {}, {}
     for temperature in sorted({Setting.of(row["setting"]).temperature for row in found["rows"]}):
         together = [record for own in answers.values() if is_lossless(own[0]["setting"], temperature) for record in own]
-        right = by_item(together, "right")
+        right = lossless[temperature] = by_item(together, "right")
         found["lossless"][f"{temperature:g}"] = {
             "answers": len(together),
             "accuracy": sum(record["right"] for record in together) / len(together),
@@ -107,7 +116,7 @@ def collect(folder: Path) -> dict[str, Any]:
         del row["tokens_per_second"], row["pareto_tokens_per_second"]
     mark_pareto(found["rows"], "tokens_per_pass")
     found["fallback"] = [
-        _fallback(answers[_key(plain, t)], answers[_key(again, t)], found["lossless"][f"{t:g}"]["accuracy"])
+        _fallback(answers[_key(plain, t)], answers[_key(again, t)], lossless[t])
         for t in (1.0, 0.7)
         for n, k in FALLBACK_OF
         for plain in [{"mode": "smc", "num_particles": n, "num_draft_tokens": k}]
@@ -140,34 +149,51 @@ def _difference(name: str, own: Records, reference: Mapping[int, float]) -> dict
 
 
 def _evidence(own: Records) -> dict[str, float]:
-    """Mean of exp(log_evidence), which is 1, and of it times wrong, which is the share of the target's wrong answers."""
-    evidence = [math.exp(record["log_evidence"]) for record in own]
-    wrong = [z * (not record["right"]) for z, record in zip(evidence, own, strict=True)]
+    """Mean of exp(log_evidence), which is 1, and of it times wrong, which is the share of the target's wrong answers.
+
+    Intervals are those of problems: a hard one has more wrong answers.
+    """
+    values = [
+        {"item": record["item"], "evidence": z, "evidence_of_wrong": z * (not record["right"])}
+        for record in own
+        for z in [math.exp(record["log_evidence"])]
+    ]
     found = {}
-    for name, values in (("evidence", evidence), ("evidence_of_wrong", wrong)):
-        found[name], found[f"{name}_half_width"] = mean_and_half_width(values)
+    for name in ("evidence", "evidence_of_wrong"):
+        found[name], found[f"{name}_half_width"] = mean_and_half_width(list(by_item(values, name).values()))
     return found
 
 
-def _fallback(own: Records, again: Records, lossless: float) -> dict[str, Any]:
-    """What giving up the answers of the lowest log_evidence would change, if the new ones are right as often as lossless ones.
+def _fallback(own: Records, again: Records, lossless: Mapping[int, float]) -> dict[str, Any]:
+    """What giving up the answers of the lowest log_evidence would change.
+
+    An answer that is given up is replaced by what lossless decoding makes of the same problem: where log_evidence is low,
+    problems are harder than most.
 
     Args:
-        again: lossless answers, whose mean number of rounds one more costs.
-        lossless: share of right ones.
+        again: lossless answers, whose rounds one more costs.
+        lossless: share of right ones, by problem.
     """
     worst = sorted(own, key=lambda record: record["log_evidence"])[: round(GIVEN_UP * len(own))]
-    kept = sum(record["right"] for record in own) - sum(record["right"] for record in worst)
-    rounds = statistics.fmean(record["rounds"] for record in again)
-    passes = sum(record["rounds"] for record in own) + rounds * len(worst)
+    rounds, mean = by_item(again, "rounds"), statistics.fmean(record["rounds"] for record in again)
+    passes = sum(record["rounds"] for record in own) + sum(rounds.get(record["item"], mean) for record in worst)
+    gains = dict.fromkeys(((record["item"], record["seed"]) for record in own), 0.0)
+    gains |= {(record["item"], record["seed"]): lossless[record["item"]] - record["right"] for record in worst}
+    gain, half = mean_and_half_width(
+        list(by_item([{"item": item, "gain": gain} for (item, _), gain in gains.items()], "gain").values())
+    )
+    before = statistics.fmean(record["right"] for record in own)
     return {
         "label": Setting.of(own[0]["setting"]).label,
         "setting": own[0]["setting"],
         "share": GIVEN_UP,
         "threshold": worst[-1]["log_evidence"],
-        "right_before": statistics.fmean(record["right"] for record in own),
+        "right_before": before,
         "right_given_up": statistics.fmean(record["right"] for record in worst),
-        "right_after": (kept + lossless * len(worst)) / len(own),
+        "lossless_there": statistics.fmean(lossless[record["item"]] for record in worst),
+        "right_after": before + gain,
+        "gain": gain,
+        "gain_half_width": half,
         "tokens_per_pass": (sum(record["tokens"] for record in own) - len(own)) / passes,
         "certificate_auc": certificate_auc(own),
     }
@@ -232,8 +258,10 @@ OPTIONS: tuple[Column, ...] = (
 FALLBACK: tuple[Column, ...] = (
     ("log_evidence of the lowest tenth", _number("threshold", 1)),
     ("right there", _number("right_given_up", 2)),
+    ("lossless there", _number("lossless_there", 2)),
     ("right in all", _number("right_before", 3)),
     ("right with the fallback", _number("right_after", 3)),
+    ("gain", _points("gain")),
     ("tokens a pass", _number("tokens_per_pass", 2)),
 )
 

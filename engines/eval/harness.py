@@ -26,6 +26,7 @@ except ImportError as error:
 from smc_engines.config import ExecutorConfig
 from smc_engines.executor import Executor
 from smc_engines.sampling_params import SamplingParams
+from smc_engines.text import Tokenizer
 from smc_plugin.errors import ConfigError, SmcError
 
 _PARAMETERS = {field.name for field in dataclasses.fields(SamplingParams)} - {"seed"}
@@ -74,7 +75,13 @@ class SmcModel(LM):
         """Answer prompts; `until` becomes stop strings and `max_gen_toks` max_tokens."""
         pairs: list[Any] = [request.args for request in requests]
         params = [self._params(dict(asked), self._seed * 1_000_003 + index) for index, (_, asked) in enumerate(pairs)]
-        return [output.text for output in self._executor.generate([prompt for prompt, _ in pairs], params)]
+        tokenizer = self._executor.engine.tokenizer
+        assert tokenizer is not None
+        outputs = self._executor.generate([prompt_ids(tokenizer, prompt) for prompt, _ in pairs], params)
+        for output in outputs:
+            if output.error is not None:  # its text would count as a wrong answer
+                raise output.error
+        return [output.text for output in outputs]
 
     def _params(self, asked: dict[str, Any], seed: int) -> SamplingParams:
         unknown = asked.keys() - _HEEDED
@@ -114,10 +121,24 @@ class SmcModel(LM):
         return tokenizer.template if chat_template and tokenizer is not None else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Chat messages as the text of a prompt."""
+        """Chat messages as the text of a prompt.
+
+        Args:
+            add_generation_prompt: False where the task has begun the last message itself, which the model is to go on with.
+        """
         tokenizer = self._executor.engine.tokenizer
         assert tokenizer is not None
-        return tokenizer.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)[0]
+        text = tokenizer.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)[0]
+        if add_generation_prompt:
+            return text
+        begun = chat_history[-1]["content"].strip()
+        return text[: text.rindex(begun) + len(begun)]
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt; a begin token that a chat template wrote out is not put before it once more."""
+    whole, bare = tokenizer.encode(prompt), tokenizer.encode(prompt, add_special_tokens=False)
+    return bare if whole[:1] == bare[:1] and whole[1:2] == bare[:1] else whole
 
 
 register_model("smc")(SmcModel)  # not as a decorator, which would hide the class's own type

@@ -142,7 +142,7 @@ def _likelihood(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
         axis.errorbar(
             row["tokens_per_pass"],
             row["log_p_per_token"],
-            yerr=row["log_p_half_width"],
+            yerr=row["log_p_half_width"] or 0,
             **_style(row, label=False),
             capsize=2,
         )

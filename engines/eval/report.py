@@ -61,7 +61,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         gain = ""
         if "accuracy_gain" in row:
-            gain = f"{100 * row['accuracy_gain']:+.1f} ± {100 * row['accuracy_gain_half_width']:.1f}"
+            half = row["accuracy_gain_half_width"]
+            gain = f"{100 * row['accuracy_gain']:+.1f}" + (f" ± {100 * half:.1f}" if half else "")
         ess = (
             f"{row['ess_fraction']:.2f}" if row["ess_fraction"] is not None and row["setting"]["mode"] == "smc" else ""
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from smc_engines.outputs import RequestOutput
 from smc_engines.sampling_params import SamplingParams
 from smc_plugin.errors import ConfigError, SmcError
 
+_REQUIRED = {"setting", "seed", "item", "right"}
 BEGINNING = 16  # tokens of an answer that distances between laws look at
 
 
@@ -66,15 +68,15 @@ class Answers:
             path.write_text(json.dumps(head) + "\n", encoding="utf-8")
 
     def _read(self, path: Path, head: dict[str, Any]) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if not lines[-1].endswith("\n"):  # the last line was being written when the run ended
-            path.write_text("".join(lines[:-1]), encoding="utf-8")
-            lines.pop()
         try:
+            # bytes: a text may hold other line ends than this one, and what was cut off may be half a character
+            *lines, rest = path.read_bytes().split(b"\n")
             first, *records = [json.loads(line) for line in lines]
-        except ValueError as error:
+            if not isinstance(first, dict) or not all(record.keys() >= _REQUIRED for record in records):
+                raise ValueError("lines of something else")
+        except (ValueError, AttributeError) as error:
             raise ConfigError(
-                f"{path} is no answers file, expected JSON lines, got {error}: name another file"
+                f"{path} is no answers file, expected JSON lines of smc-eval, got {error}: name another file"
             ) from None
         different = [name for name in head if first.get(name) != head[name]]
         if different:
@@ -82,6 +84,8 @@ class Answers:
                 f"{path} holds answers for other {', '.join(different)} ({first.get(different[0])!r}, now "
                 f"{head[different[0]]!r}): name another file"
             )
+        if rest:  # it was being written when the run ended; only now is it sure that the file is ours
+            os.truncate(path, path.stat().st_size - len(rest))
         for record in records:
             self._take(record)
 
@@ -123,9 +127,10 @@ def run(executor: Executor, work: Work, answers: Answers, deadline: float = math
     Returns:
         how many answers are still missing.
     Raises:
-        SmcError: a request failed.
+        SmcError: a setting does not fit the engine (nothing has been run then), or a request failed.
     """
     todo = {setting: answers.missing(setting, work.seeds, count) for setting, count in work.settings.items()}
+    _check(executor, work, todo)
     left = sum(len(pairs) for pairs in todo.values())
     with answers.writer() as file, tqdm(total=left, unit="answer", smoothing=0.05, disable=quiet) as bar:
         for setting, pairs in todo.items():
@@ -140,6 +145,24 @@ def run(executor: Executor, work: Work, answers: Answers, deadline: float = math
                 bar.update(len(part))
                 left -= len(part)
     return left
+
+
+def _check(executor: Executor, work: Work, todo: Mapping[Setting, Sequence[tuple[int, int]]]) -> None:
+    """Refuse what does not fit the engine before hours are spent on what does."""
+    tokenizer, prompts = executor.engine.tokenizer, list[Sequence[int]]()
+    for item in work.items:
+        if not isinstance(item.prompt, str):
+            prompts.append(item.prompt)
+        elif tokenizer is not None:
+            prompts.append(tokenizer.encode(item.prompt))
+        else:
+            raise ConfigError(
+                f"the task {work.task.name} asks in text, the engine has no tokenizer: build it from a checkpoint that has one"
+            )
+    for setting, pairs in todo.items():
+        if pairs:
+            seed, longest = max(pairs, key=lambda pair: len(prompts[pair[1]]))
+            executor.engine.plan(prompts[longest], _params(setting, work.items[longest], seed, longest))
 
 
 def _answer(executor: Executor, work: Work, setting: Setting, pairs: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ the last one's label is "smc N=8 K=8 T=1" and its flags are --modes smc --temper
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shlex
@@ -19,15 +20,32 @@ from smc_plugin.errors import ConfigError
 MODES: tuple[str, ...] = get_args(Mode)
 FLAGS = {"temperature": "--temperature", "num_particles": "--n", "num_draft_tokens": "--k", "ess_threshold": "--theta"}
 _SHORT = {"temperature": "T", "num_particles": "N", "num_draft_tokens": "K", "ess_threshold": "θ"}
+_FIELDS = {field.name: field for field in dataclasses.fields(SamplingParams)}
+_ORDER = {name: place for place, name in enumerate(dict.fromkeys(("mode", *FLAGS, *_FIELDS)))}
+_OF_THE_ITEM = ("max_tokens", "stop")  # unless a setting says otherwise
+# what decides the law of lossless answers: settings are compared with the target and with each other where all of it is equal
+LAW = (
+    *("temperature", "power_alpha", "top_k", "top_p", "min_p", "min_tokens", "stop_token_ids", "ignore_eos"),
+    *_OF_THE_ITEM,
+)
 # what a mode does not look at would only make equal settings look different
-_HEEDED = {"target": ("temperature",), "speculative": ("temperature", "num_draft_tokens")}
+_HEEDED = {"target": LAW, "speculative": (*LAW, "num_draft_tokens", "draft_temperature")}
+_OWN = {
+    "mode": "--modes",
+    "seed": "--seeds",
+    "logprobs": "neither, log-likelihood is always measured",
+}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Sampling parameters that differ from the defaults, in a fixed order."""
+    """Sampling parameters that differ from the defaults, in one order and of one type each, so that equal ones are equal."""
 
     values: tuple[tuple[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        ordered = sorted(dict(self.values).items(), key=lambda pair: _ORDER.get(pair[0], len(_ORDER)))
+        object.__setattr__(self, "values", tuple((name, _one_type(name, value)) for name, value in ordered))
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Setting:
@@ -48,6 +66,13 @@ class Setting:
     def key(self) -> str:
         """The same text for the same setting, whatever the order of its values."""
         return json.dumps(dict(self.values), sort_keys=True)
+
+    @property
+    def law(self) -> str:
+        """The same text for settings whose lossless answers have one law."""
+        values = dict(self.values)
+        default = {name: None if name in _OF_THE_ITEM else _FIELDS[name].default for name in LAW}
+        return json.dumps({name: values.get(name, default[name]) for name in LAW})
 
     @property
     def label(self) -> str:
@@ -80,8 +105,11 @@ def grid(modes: Sequence[str], axes: Mapping[str, Sequence[Any]]) -> list[Settin
         modes: of SamplingParams.
         axes: SamplingParams fields and the values to combine; empty lists are left out.
     Raises:
-        ConfigError: an unknown mode; RequestError: an unknown field or bad value.
+        ConfigError: an unknown mode, or a field that smc-eval sets itself; RequestError: an unknown field or bad value.
     """
+    for name in axes:
+        if name in _OWN:
+            raise ConfigError(f"{name} is no parameter to vary, smc-eval sets it itself: use {_OWN[name]}")
     found: dict[Setting, None] = {}
     for mode in modes:
         if mode not in MODES:
@@ -92,6 +120,20 @@ def grid(modes: Sequence[str], axes: Mapping[str, Sequence[Any]]) -> list[Settin
             SamplingParams.from_mapping(dict(setting.values))
             found[setting] = None
     return list(found)
+
+
+def single(values: Mapping[str, Any], temperatures: Sequence[float]) -> list[Setting]:
+    """The one setting of --also, at each temperature unless it names its own.
+
+    Raises:
+        ConfigError: its mode does not look at what it names, or see grid; RequestError: see grid.
+    """
+    mode = values.get("mode", "smc")
+    own = {name: value for name, value in values.items() if name != "mode"}
+    ignored = [name for name in own if name in _FIELDS and name not in _HEEDED.get(mode, own)]
+    if ignored:
+        raise ConfigError(f"--also names {', '.join(ignored)}, which mode {mode} does not look at: leave it out")
+    return grid([mode], {"temperature": temperatures, **{name: [value] for name, value in own.items()}})
 
 
 def parse_numbers(option: str, text: str, kind: type = int) -> list[Any]:
@@ -129,6 +171,14 @@ def parse_setting(text: str) -> dict[str, Any]:
         name, values = parse_axis(part)
         found[name] = values[0]
     return found
+
+
+def _one_type(name: str, value: Any) -> Any:
+    """1 and 1.0 are one temperature; a list cannot be a key."""
+    if isinstance(value, list):
+        return tuple(value)
+    real = name in _FIELDS and "float" in str(_FIELDS[name].type)
+    return float(value) if real and isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _json_or_text(value: str) -> Any:

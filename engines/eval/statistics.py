@@ -11,7 +11,7 @@ import math
 import statistics
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -57,16 +57,17 @@ def effective_count(shares: Sequence[float], answers: int) -> float:
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a setting, in the order in which they first appear; distances are to the target at the same temperature."""
+    """One row a setting, in the order in which they first appear; differences are to the target at the same temperature, top-p
+    and whatever else decides its law."""
     by_setting: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in records:
         by_setting[Setting.of(record["setting"]).key].append(record)
-    exact: dict[float, list[dict[str, Any]]] = {}
+    exact: dict[str, list[dict[str, Any]]] = {}
     for own in by_setting.values():
         setting = Setting.of(own[0]["setting"])
         if setting.mode == "target":
-            exact[setting.temperature] = own
-    rows = [_row(own, exact.get(Setting.of(own[0]["setting"]).temperature)) for own in by_setting.values()]
+            exact[setting.law] = own
+    rows = [_row(own, exact.get(Setting.of(own[0]["setting"]).law)) for own in by_setting.values()]
     mark_pareto(rows, "tokens_per_pass")
     mark_pareto(rows, "tokens_per_second")
     return rows
@@ -96,7 +97,7 @@ def _row(own: list[dict[str, Any]], exact: list[dict[str, Any]] | None) -> dict[
         # the first token of an answer comes with the prompt
         "tokens_per_pass": (tokens - len(own)) / max(rounds, 1),
         "log_p_per_token": statistics.fmean(likelihood),
-        "log_p_half_width": mean_and_half_width(_item_means(own, likelihood))[1],
+        "log_p_half_width": mean_and_half_width(_item_means(own, likelihood))[1] if len(shares) > 1 else None,
         "ess_fraction": statistics.fmean(fractions) / particles if fractions else None,
         "resamples_per_round": sum(record["resamples"] for record in own) / max(rounds, 1),
         "recoveries": sum(record["recoveries"] for record in own),
@@ -112,14 +113,15 @@ def _against(own: list[dict[str, Any]], exact: list[dict[str, Any]]) -> dict[str
     ours, theirs = by_item(own, "right"), by_item(exact, "right")
     common = [item for item in ours if item in theirs]
     found: dict[str, Any] = {}
-    if common:
+    if len(common) > 1:  # a single difference says nothing about its own error
         mean, half = mean_and_half_width([ours[item] - theirs[item] for item in common])
-        found |= {"accuracy_gain": mean, "accuracy_gain_half_width": half}
+        # where no problem tells them apart, how many more would is not known: 0 would be no interval
+        found |= {"accuracy_gain": mean, "accuracy_gain_half_width": half or None}
     begins, others = _beginnings(own), _beginnings(exact)
     squares = [
         mmd_squared(begins[item], others[item]) for item in common if len(begins[item]) > 1 and len(others[item]) > 1
     ]
-    if squares:
+    if len(squares) > 1:
         mean, half = mean_and_half_width(squares)
         found |= {"mmd_squared": mean, "mmd_squared_half_width": half}
     return found
@@ -137,10 +139,10 @@ def _item_means(records: Sequence[dict[str, Any]], values: Sequence[float]) -> l
     return list(by_item([{"item": r["item"], "v": v} for r, v in zip(records, values, strict=True)], "v").values())
 
 
-def _beginnings(records: Sequence[dict[str, Any]]) -> dict[int, list[list[int]]]:
-    found: dict[int, list[list[int]]] = defaultdict(list)
+def _beginnings(records: Sequence[dict[str, Any]]) -> dict[int, dict[int, list[int]]]:
+    found: dict[int, dict[int, list[int]]] = defaultdict(dict)
     for record in records:
-        found[record["item"]].append(record["beginning"])
+        found[record["item"]][record["seed"]] = record["beginning"]
     return found
 
 
@@ -151,15 +153,19 @@ def kernel(one: Sequence[int], other: Sequence[int]) -> float:
     return _MISMATCH ** (longest - same)
 
 
-def mmd_squared(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
+def mmd_squared(ours: Mapping[int, Sequence[int]], theirs: Mapping[int, Sequence[int]]) -> float:
     """Unbiased estimate of the squared maximum mean discrepancy between two laws of token sequences; may be negative.
 
+    Settings share their random numbers where they share a seed (the first token of target and speculative answers is the same
+    one), so answers are compared across settings with different seeds only: those are independent.
+
     Args:
-        ours, theirs: at least two samples each.
-    Source: Gretton et al. (2012), "A kernel two-sample test", JMLR 13, Lemma 6.
+        ours, theirs: a sample a seed, at least two each.
+    Source: Gretton et al. (2012), "A kernel two-sample test", JMLR 13, Lemma 6, eq. 4 (samples in pairs).
     """
-    within = sum(statistics.fmean(kernel(a, b) for a, b in combinations(part, 2)) for part in (ours, theirs))
-    return within - 2 * statistics.fmean(kernel(a, b) for a in ours for b in theirs)
+    within = sum(statistics.fmean(kernel(a, b) for a, b in combinations(part.values(), 2)) for part in (ours, theirs))
+    across = [kernel(a, b) for one, a in ours.items() for other, b in theirs.items() if one != other]
+    return within - 2 * statistics.fmean(across)
 
 
 def diversity(records: Sequence[dict[str, Any]]) -> float | None:
@@ -187,13 +193,13 @@ def certificate_auc(records: Sequence[dict[str, Any]]) -> float | None:
 
 
 def mark_pareto(rows: list[dict[str, Any]], cost: str) -> None:
-    """Add `pareto_<cost>`: no setting of the same temperature is better in both.
+    """Add `pareto_<cost>`: no setting of the same temperature (and top-p and so on) is better in both.
 
     Cheaper by less than 1 % counts as equally cheap: otherwise every setting that is a hair cheaper than one that is more
     accurate would be on the frontier too.
     """
     for row in rows:
-        peers = [other for other in rows if _temperature(other) == _temperature(row)]
+        peers = [other for other in rows if _law(other) == _law(row)]
         row[f"pareto_{cost}"] = not any(
             (other["accuracy"] > row["accuracy"] and other[cost] >= _SAME_COST * row[cost])
             or (other["accuracy"] == row["accuracy"] and other[cost] > row[cost])
@@ -201,5 +207,5 @@ def mark_pareto(rows: list[dict[str, Any]], cost: str) -> None:
         )
 
 
-def _temperature(row: dict[str, Any]) -> float:
-    return Setting.of(row["setting"]).temperature
+def _law(row: dict[str, Any]) -> str:
+    return Setting.of(row["setting"]).law

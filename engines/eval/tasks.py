@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from smc_engines.eval import chain
 from smc_engines.eval.chain import ChainTask
+from smc_engines.text import Tokenizer
 from smc_plugin.errors import ConfigError
 
 
@@ -40,12 +41,14 @@ class Task:
         settings: what decides the problems beside count and seed, as JSON values.
         items: (count, seed) to problems; the first of a longer list are the shorter list.
         right: (answer, model's text) to whether it is right.
+        check: (the engine's tokenizer, problems) refuses an engine that cannot read them.
     """
 
     name: str
     settings: dict[str, object]
     items: Callable[[int, int], list[Item]]
     right: Callable[[str, str], bool]
+    check: Callable[[Tokenizer | None, Sequence[Item]], None] = lambda tokenizer, items: None
 
 
 WORDS = (
@@ -114,7 +117,18 @@ def _chain_task(task: ChainTask) -> Task:
             found.append(Item(tuple(prompts[0]), f"{answers[0]:02}", task.max_length))
         return found
 
-    return Task("chain", task.to_dict(), items, lambda answer, text: chain.score(text, int(answer)))
+    return Task("chain", task.to_dict(), items, lambda answer, text: chain.score(text, int(answer)), _reads_chain)
+
+
+def _reads_chain(tokenizer: Tokenizer | None, items: Sequence[Item]) -> None:
+    """Prompts are token ids of a vocabulary of their own: to another model they would be nonsense, and every answer wrong."""
+    (begin, *rest), vocabulary = items[0].prompt, chain.VOCABULARY
+    text = "".join(vocabulary[int(token)] for token in rest)
+    if tokenizer is None or tokenizer.encode(text) != [begin, *rest]:
+        raise ConfigError(
+            "the task chain is written in the vocabulary of a pair that scripts/train_task_pair.py trained, the engine has "
+            "another one: choose --task arithmetic, copying or recall, or an engine of such a pair"
+        )
 
 
 def _few_shot(make: Callable[[random.Random], tuple[str, str]], source: random.Random, max_tokens: int) -> Item:

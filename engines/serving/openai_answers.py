@@ -2,7 +2,8 @@
 
 The API has no place for SMC's own figures; the last object of a choice carries them under "smc":
 
-    {"log_evidence": -9.35, "log_evidence_sd": 0.8, "fell_back": false, "ess_mean": 2.1, "rounds": 4, "resamples": 2, "seed": 7}
+    {"log_evidence": -9.35, "log_evidence_sd": 0.8, "final_ess": 1.9, "fell_back": false, "ess_mean": 2.1, "rounds": 4,
+     "resamples": 2, "recoveries": 0, "seed": 7}
 """
 
 from __future__ import annotations
@@ -137,6 +138,7 @@ class Answer:
         return {
             "log_evidence": float(self.final["log_evidence"]),
             "log_evidence_sd": float(self.final["log_evidence_sd"]),
+            "final_ess": float(self.final["final_ess"]),
             "fell_back": bool(self.final["fell_back"]),
             "ess_mean": sum(ess) / len(ess) if ess else 0.0,
             **{name: int(self.final[name]) for name in ("rounds", "resamples", "recoveries", "seed")},

@@ -64,7 +64,9 @@ def last_two(output: RequestOutput) -> dict[tuple[int, ...], float]:
     return defaultdict(float, {end: mass / sum(found.values()) for end, mass in found.items()})
 
 
-@pytest.mark.parametrize("others", [{}, {"power_alpha": 1.5, "ess_threshold": 0.9}, {"truncate_rounds": True}])
+@pytest.mark.parametrize(
+    "others", [{}, {"power_alpha": 1.5, "ess_threshold": 0.9}, {"truncate_rounds": True}, {"exact_below": 0.6}]
+)
 def test_weights_and_evidence_stay_unbiased(deep: Toy, others: dict[str, float]) -> None:
     """The mass of the last two tokens, which stand in rounds whose K was chosen, against all 59049 answers."""
     params = replace(BASE, **others, select="argmax")  # type: ignore[arg-type]
@@ -76,7 +78,7 @@ def test_weights_and_evidence_stay_unbiased(deep: Toy, others: dict[str, float])
     mass = evidence(outputs)[:, None] * np.array([[share[end] for end in ends] for share in map(last_two, outputs)])
     assert_means(mass.sum(axis=1, keepdims=True), [sum(law.values())])
     assert_means(mass, list(ends.values()))
-    if "truncate_rounds" not in others:
+    if not others.keys() & {"truncate_rounds", "exact_below"}:
         # one token, three and three of two rounds, then two (and a fourth round) or three
         rounds = [info_of(output).rounds for output in outputs]
         assert set(rounds) == {3, 4}

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from smc_engines import eval_cli
-from smc_engines.eval import statistics
+from smc_engines.eval import report, statistics
 from smc_engines.eval.runner import Answers
 from smc_engines.eval.settings import Setting, grid, parse_axis
 from smc_engines.eval.tasks import Item, Task, load_task
+from smc_engines.text import Tokenizer
 from smc_plugin.errors import ConfigError, RequestError
 from tests.toy import Toy
 
@@ -98,10 +99,137 @@ def test_rows_count_what_the_answers_say(command: list[str]) -> None:
 def test_answers_of_another_run_are_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     Answers(Path("a.jsonl"), {"engine": "other", "task": "letters", "task_settings": {}, "problem_seed": 1})
     assert eval_cli.main([*command, "--answers", "a.jsonl"]) == 1
-    assert "a.jsonl holds answers for other engine, models ('other'" in capsys.readouterr().err
+    assert (
+        "a.jsonl holds answers for other engine, models, precision, device, groups, batch ('other'"
+        in capsys.readouterr().err
+    )
     Path("b.jsonl").write_text("no json\n")
     assert eval_cli.main([*command, "--answers", "b.jsonl"]) == 1
     assert "b.jsonl is no answers file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", [b"a list\nof things to", b"[]\n", b"{}\n[1]\n", b'{}\n{"x": 1}\ncut', b"\xff\xfe\n"]
+)
+def test_a_file_that_is_not_ours_is_refused_and_left_as_it_is(
+    command: list[str], capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    """Its last line was once cut off, as that of a killed run, before anybody looked at what kind of file it is."""
+    Path("notes.txt").write_bytes(content)
+    assert eval_cli.main([*command, "--answers", "notes.txt"]) == 1
+    assert "notes.txt is no answers file" in capsys.readouterr().err
+    assert Path("notes.txt").read_bytes() == content
+
+
+def test_an_answer_may_hold_any_character(tmp_path: Path) -> None:
+    """U+2028 and U+0085 end a line for str.splitlines, not in JSON lines; a killed run may leave half a character."""
+    path, text = tmp_path / "a.jsonl", "one\u2028two\x85three é"
+    record = {"setting": {"mode": "target"}, "seed": 0, "item": 0, "right": True, "text": text}
+    answers = Answers(path, {"task": "letters"})
+    with answers.writer() as file:
+        answers.add([record, record | {"item": 1}], file)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.rindex("é".encode()) + 1])
+    again = Answers(path, {"task": "letters"})
+    assert again.records == [record]
+    assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:2])
+
+
+def test_a_setting_is_the_same_however_it_is_written(command: list[str]) -> None:
+    """Two orders of one --also were once answered twice, and each pair of equal answers went into the figures."""
+    also = [
+        *("--modes=", "--also", "num_particles=4,num_draft_tokens=2,exact_below=1"),
+        *(
+            "--also",
+            "exact_below=1.0,num_draft_tokens=2,num_particles=4",
+            "--also",
+            "exact_below=1,num_particles=4,temperature=1",
+        ),
+    ]
+    assert eval_cli.main([*command[:2], *also, "--problems", "3", "--seeds", "0,0,1", "--answers", "a.jsonl"]) == 0
+    records = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()[1:]]
+    ran = [(Setting.of(r["setting"]).label, r["item"], r["seed"]) for r in records]
+    assert len(ran) == len(set(ran))
+    assert {label for label, _, _ in ran} == {
+        "smc N=4 K=2 T=0.7 exact_below=1.0",
+        "smc N=4 K=5 T=1 exact_below=1.0",  # K of the engine, written down
+    }
+    assert Setting.of({"mode": "smc", "stop_token_ids": [3]}) == Setting.of({"stop_token_ids": (3,), "mode": "smc"})
+
+
+def test_what_decides_the_law_reaches_every_mode_and_is_compared_with_its_own_target(command: list[str]) -> None:
+    """--vary top_p once changed SMC's answers alone, which were then compared with those of the uncut target."""
+    assert eval_cli.main([*command, "--problems", "6", "--vary", "top_p=0.3,1", "--json", "r.json"]) == 0
+    rows = {row["label"]: row for row in json.loads(Path("r.json").read_text())["rows"]}
+    assert {"target T=1 top_p=0.3", "speculative K=2 T=1 top_p=0.3", "smc N=4 K=2 T=1 top_p=0.3"} <= rows.keys()
+    for top_p in ("0.3", "1.0"):
+        target, smc = rows[f"target T=1 top_p={top_p}"], rows[f"smc N=4 K=2 T=1 top_p={top_p}"]
+        assert smc["accuracy_gain"] == pytest.approx(smc["accuracy"] - target["accuracy"])
+    assert rows["target T=1 top_p=0.3"]["log_p_per_token"] > rows["target T=1 top_p=1.0"]["log_p_per_token"]
+
+
+BAD = {
+    "no seed": (["--seeds", ""], "--seeds expects whole numbers"),
+    "a negative seed": (["--seeds", "-1"], "--seeds expects whole numbers"),
+    "no setting": (["--modes", ""], "names no setting"),
+    "no thread": (["--threads", "0"], "--threads is 0, expected at least 1"),
+    "the seed as a parameter": (["--vary", "seed=5"], "use --seeds"),
+    "the mode as a parameter": (["--vary", "mode=target"], "use --modes"),
+    "no log-probabilities": (["--vary", "logprobs=false"], "log-likelihood is always measured"),
+    "what a mode ignores": (
+        ["--also", "mode=speculative,exact_below=1"],
+        "exact_below, which mode speculative does not look at",
+    ),
+    "too many particles at last": (["--n", "2,4096"], "num_particles 4096, the engine was built for at most"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_option_is_refused_before_anything_runs(
+    command: list[str], capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    options, message = BAD[case]
+    assert eval_cli.main([*command, "--problems", "2", "--answers", "a.jsonl", *options]) == 1
+    assert message in capsys.readouterr().err
+    assert not Path("a.jsonl").is_file() or len(Path("a.jsonl").read_text().splitlines()) == 1
+
+
+def test_no_answer_in_time_is_no_traceback(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--json", "r.json", "--csv", "r.csv", "--png", "r.png", "--html", "r.html"]
+    assert eval_cli.main([*command, "--problems", "2", "--time-limit", "0", *files]) == 0
+    assert "no answer yet" in capsys.readouterr().err
+    assert not Path("r.json").exists()
+
+
+def test_the_chain_task_refuses_an_engine_that_cannot_read_it(
+    letters: Toy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its prompts are token ids: to another model they are nonsense, and a report of 0 right looked like a finding."""
+    assert eval_cli.main(["--engine", str(letters.engine_dir), "--problems", "1", "--modes", "target"]) == 1
+    assert "choose --task arithmetic, copying or recall" in capsys.readouterr().err
+    task = load_task("chain")
+    task.check(Tokenizer.load(Path(__file__).parents[2] / "models" / "task-pair" / "target"), task.items(3, 1))
+
+
+def test_equal_answers_have_no_interval_of_differences() -> None:
+    """Four problems without a difference were once reported as +0.0 ± 0.0."""
+    base = {"tokens": 4, "rounds": 2, "seconds": 1.0, "log_p": -1.0, "ess": [], "resamples": 0, "recoveries": 0}
+    base |= {"log_evidence": 0.0, "beginning": [1], "text": "a", "seed": 0}
+    settings = (
+        {"mode": "target", "temperature": 1.0},
+        {"mode": "speculative", "num_draft_tokens": 2, "temperature": 1.0},
+    )
+    records = [base | {"setting": one, "item": item, "right": item < 3} for one in settings for item in range(4)]
+    target, speculative = statistics.summarise(records)
+    assert (speculative["accuracy_gain"], speculative["accuracy_gain_half_width"]) == (0.0, None)
+    assert "+0.0  " in report.table([target, speculative])
+
+
+def test_one_problem_has_no_interval_of_differences(command: list[str]) -> None:
+    assert eval_cli.main([*command, "--problems", "1", "--json", "r.json", "--png", "r.png"]) == 0
+    for row in json.loads(Path("r.json").read_text())["rows"]:
+        assert "accuracy_gain_half_width" not in row
+        assert row["log_p_half_width"] is None
 
 
 def test_settings_name_each_combination_once_and_refuse_nonsense() -> None:
@@ -148,8 +276,8 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
 def test_mmd_is_zero_on_average_for_equal_laws_and_not_for_others() -> None:
     source = random.Random(3)
 
-    def sample(bias: float) -> list[list[int]]:
-        return [[int(source.random() < bias) for _ in range(4)] for _ in range(4)]
+    def sample(bias: float) -> dict[int, list[int]]:
+        return {seed: [int(source.random() < bias) for _ in range(4)] for seed in range(4)}
 
     same = [statistics.mmd_squared(sample(0.5), sample(0.5)) for _ in range(500)]
     other = [statistics.mmd_squared(sample(0.5), sample(0.8)) for _ in range(500)]
@@ -160,6 +288,18 @@ def test_mmd_is_zero_on_average_for_equal_laws_and_not_for_others() -> None:
     # P(match) under biases 0.5/0.5, 0.8/0.8 and 0.5/0.8 a place: the kernel is a product over four places
     exact = 0.75**4 + (0.5 + 0.5 * 0.68) ** 4 - 2 * 0.75**4
     assert mean == pytest.approx(exact, abs=2.5 * half)
+
+
+def test_mmd_is_zero_on_average_where_settings_share_their_random_numbers() -> None:
+    """Target and speculative answers of one seed begin alike: compared seed by seed they looked too close."""
+    source = random.Random(4)
+    values = []
+    for _ in range(800):
+        first = [source.randrange(8) for _ in range(2)]
+        ours, theirs = ({seed: [first[seed], source.randrange(8)] for seed in range(2)} for _ in range(2))
+        values.append(statistics.mmd_squared(ours, theirs))
+    mean, half = statistics.mean_and_half_width(values)
+    assert abs(mean) < 1.5 * half
 
 
 def test_the_frontier_holds_what_nothing_beats() -> None:

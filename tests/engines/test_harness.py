@@ -2,12 +2,16 @@
 
 # pyright: reportMissingImports=false
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from smc_engines.outputs import RequestOutput
 from smc_engines.sampling_params import SamplingParams
-from smc_plugin.errors import ConfigError
+from smc_engines.text import Tokenizer
+from smc_plugin.errors import ConfigError, RequestError
 from tests.toy import Toy
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra harness")
@@ -59,6 +63,50 @@ def test_the_harness_scores_what_the_executor_answers(
     found = lm_eval.simple_evaluate(model, tasks=["letters"], task_manager=manager, bootstrap_iters=0)
     assert found is not None
     assert found["results"]["letters"]["exact_match,none"] == pytest.approx(0.75)
+
+
+def test_a_prompt_begins_once_however_it_was_written() -> None:
+    """A chat template writes the begin token out, and the tokenizer of many checkpoints puts one before every text."""
+    from smc_engines.eval.harness import prompt_ids  # noqa: PLC0415
+
+    tokenizer = Tokenizer.load(Path(__file__).parents[2] / "models" / "task-pair" / "target")
+    ids = tokenizer.encode("47A+25:")
+    assert ids[0] == 0
+    assert prompt_ids(tokenizer, "47A+25:") == ids
+    assert tokenizer.encode("<|begin|>47A+25:")[:2] == [0, 0]
+    assert prompt_ids(tokenizer, "<|begin|>47A+25:") == ids
+
+
+def test_a_begun_message_stays_open(letters: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks such as humaneval_instruct begin the model's own message, which the template would close."""
+    from smc_engines.eval.harness import SmcModel  # noqa: PLC0415
+
+    model = SmcModel(engine=str(letters.engine_dir), device="cpu")
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}[/]{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    monkeypatch.setattr(model._executor.engine.tokenizer, "template", template)
+    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ab c\n"}]
+    assert model.apply_chat_template(chat, add_generation_prompt=False) == "[user]ab[/][assistant]ab c"
+    assert model.apply_chat_template(chat[:1]) == "[user]ab[/][assistant]"
+
+
+def test_a_request_that_fails_is_not_a_wrong_answer(letters: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.api.instance import Instance  # noqa: PLC0415
+
+    from smc_engines.eval.harness import SmcModel  # noqa: PLC0415
+
+    model = SmcModel(engine=str(letters.engine_dir), device="cpu")
+    generate = model._executor.generate
+
+    def failing(*given: Any) -> list[RequestOutput]:
+        return [replace(output, error=RequestError("no finite logit")) for output in generate(*given)]
+
+    monkeypatch.setattr(model._executor, "generate", failing)
+    request = Instance("generate_until", {}, ("ab", {"until": ["c"], "max_gen_toks": 4}), 0)
+    with pytest.raises(RequestError, match="no finite logit"):
+        model.generate_until([request])
 
 
 def test_what_the_engine_cannot_do_is_refused(letters: Toy) -> None:

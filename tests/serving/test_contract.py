@@ -44,9 +44,23 @@ def test_stream_is_the_executors_own_answer(service: Service, expected: Any) -> 
     last = responses[-1]
     assert last["finish_reason"].ravel()[0] == b"length"
     assert last["log_evidence"].item() == pytest.approx(want.info.log_evidence)
+    assert last["final_ess"].item() == pytest.approx(want.info.final_ess)
     assert last["rounds"].item() == want.info.rounds
     assert last["ess"].ravel().tolist() == pytest.approx(list(want.info.ess))
     assert all("log_evidence" not in response for response in responses[:-1])
+
+
+def test_a_fallback_carries_the_certificate_of_what_was_given_up(service: Service, expected: Any) -> None:
+    params = {"num_particles": 4, "num_draft_tokens": 3, "max_tokens": 40, "ignore_eos": True, "seed": 8}
+    (last,) = service.stream("smc", {"text_input": "hello", **params, "fallback_below": 0.0})
+    (plain,) = service.stream("smc", {"text_input": "hello", **params})
+    assert last["fell_back"].item()
+    assert not plain["fell_back"].item()
+    for name in ("log_evidence", "log_evidence_sd", "final_ess"):
+        assert last[name].item() == pytest.approx(plain[name].item()), name
+    assert plain["log_evidence"].item() < 0
+    assert (last["discarded_rounds"].item(), plain["discarded_rounds"].item()) == (plain["rounds"].item(), 0)
+    assert expected("hello", **params, fallback_below=0.0).text == text([last])
 
 
 def test_adaptive_k_reaches_the_executor(service: Service, expected: Any) -> None:
