@@ -151,6 +151,22 @@ def test_nan_stays_in_its_sequence() -> None:
     assert torch.equal(changed[1:], hidden[1:])
 
 
+@pytest.mark.parametrize("in_one_launch", [True, False])
+def test_nan_stays_in_fp8_pages(in_one_launch: bool) -> None:
+    """FP8 pages hold no infinity, and a bound on values must not make a number of what is none."""
+    one = Pass(LLAMA, FP8, 2, RAGGED[:8])
+    one.tokens[one.tokens == 7] = 8
+    hidden, _ = one.run(in_one_launch)
+    one.tokens[0] = 7
+    one.model.weights["embed"][7] = float("nan")
+    changed, pages = one.run(in_one_launch)
+    assert changed[0].isnan().all()
+    assert torch.equal(changed[1:], hidden[1:])
+    for position in range(RAGGED[0], RAGGED[0] + 2):
+        page = int(one.table[0, position // 16])
+        assert pages[:, :, page, position % 16].float().isnan().all()
+
+
 def test_it_can_be_captured_and_replayed_beside_another_number_of_rows() -> None:
     first, second = Pass(LLAMA, BF16, 2, RAGGED[:8]), Pass(LLAMA, BF16, 1, RAGGED[:8])
     expected = [one.run(True)[0] for one in (first, second)]

@@ -155,6 +155,9 @@ def test_few_rows_and_short_contexts_are_one_launch() -> None:
 def test_the_kernel_compiles_for_hopper(precision: Precision, batch: int, queries: int, ranks: int) -> None:
     compiled = compile_recorded(record(precision, batch, queries, MAX_CONTEXT, ranks)[-1])
     assert ("st.relaxed.sys" in compiled.ptx) == (ranks > 1)
+    # FP8 pages stop at their largest value, which must not make a number of what is none.
+    for bound in ("min", "max"):
+        assert (f"{bound}.NaN.f32" in compiled.ptx) == (precision is FP8)
     assert compiled.name == "whole_pass_kernel"
     assert compiled.shared_bytes <= 227 * 1024
     assert compiled.spill_bytes <= 64  # at most a few values that are read once a layer
