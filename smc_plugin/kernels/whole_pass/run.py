@@ -20,11 +20,12 @@ from smc_plugin.kernels.whole_pass.weights import STAGE_BYTES, fits, pack, packe
 
 MAX_ROWS = 16
 MAX_CONTEXT = 1024  # tokens; beyond, prompts that sequences share are better read once for all of them
-_STAGES = 13
+_MAX_STAGES, _MIN_STAGES = 13, 4  # of the ring; more than 13 fit no GPU, fewer than 4 leave nothing ahead
 _FLYING = 2  # stages under way at a time
 _TOKENS = 16  # of a warp's turn in attention
+# Of MAX_CONTEXT whatever a pass's own bound is, so that one kernel serves all of them: a tile costs 512 bytes.
+_TILES = next_power_of_2(cdiv(MAX_CONTEXT, 8 * _TOKENS))
 _MAX_QUERIES = 2
-_OTHER_BYTES = 13 << 10  # of shared memory: sums of warps, places of tokens, barriers
 
 
 def _heads_per_program(batch: int, kv_heads: int, group: int, programs: int) -> int:
@@ -33,6 +34,31 @@ def _heads_per_program(batch: int, kv_heads: int, group: int, programs: int) -> 
     while heads % 2 == 0 and batch * kv_heads * (group // heads) * 2 <= programs:
         heads //= 2
     return heads
+
+
+def shared_bytes(shape: DecoderShape, batch: int, queries: int, programs: int, stages: int) -> int:
+    """Shared memory that a program takes, in bytes, as the compiler lays it out.
+
+    Args:
+        shape: the decoder's sizes.
+        batch, queries: sequences of the pass, and new tokens of each.
+        programs: of the launch.
+        stages: of the ring.
+    """
+    heads = _heads_per_program(batch, shape.num_kv_heads, shape.group, programs)
+    barriers = 2 * 8 * stages + 8 * (stages % 2)  # full and empty; each begins at 16 bytes
+    places = 4 * _TILES * 8 * _TOKENS
+    # Sums over the warps: of a product's [16, 8], and of attention's [heads, head_dim], never both at once; float32.
+    sums = max(16 * 8, heads * queries * shape.head_dim) * 8 * 4
+    return stages * STAGE_BYTES + barriers + places + sums + 4  # 4: what the copying warp is told to do
+
+
+def stages_that_fit(shape: DecoderShape, batch: int, queries: int, gpu: Gpu) -> int:
+    """Stages of the largest ring that a pass has room for; 0 where it would be too small to stream."""
+    for stages in range(_MAX_STAGES, _MIN_STAGES - 1, -1):
+        if shared_bytes(shape, batch, queries, gpu.sm_count, stages) <= gpu.shared_bytes:
+            return stages
+    return 0
 
 
 class Peers(Protocol):
@@ -54,12 +80,19 @@ class WholePass:
         weights: canonical names to tensors on one device; 16-bit, matrices perhaps FP8. Matrices are held a second time, in
             streaming order.
         ranks: who has the other parts, if the model is one rank's part; they can share memory.
+        gpu: what to cut the work for, no larger than the GPU that the weights are on; None takes that one.
     """
 
-    def __init__(self, shape: DecoderShape, weights: Mapping[str, Tensor], ranks: Peers | None = None) -> None:
+    def __init__(
+        self,
+        shape: DecoderShape,
+        weights: Mapping[str, Tensor],
+        ranks: Peers | None = None,
+        gpu: Gpu | None = None,
+    ) -> None:
         self._shape = shape
         self._device = weights["embed"].device
-        self._gpu = gpu_of(self._device)
+        self._gpu = gpu or gpu_of(self._device)
         self._programs = self._gpu.sm_count
         self._embedding = weights["embed"]
         self._ranks = ranks
@@ -87,7 +120,7 @@ class WholePass:
             and shape.head_dim in (64, 128)
             and shape.group & (shape.group - 1) == 0
             and gpu.capability >= (9, 0)
-            and gpu.shared_bytes >= _STAGES * STAGE_BYTES + _OTHER_BYTES
+            and stages_that_fit(shape, 1, 1, gpu) > 0
         )
 
     @staticmethod
@@ -102,6 +135,7 @@ class WholePass:
             and batch * queries <= MAX_ROWS
             and batch * self._shape.num_kv_heads <= self._programs
             and max_context <= MAX_CONTEXT
+            and stages_that_fit(self._shape, batch, queries, self._gpu) > 0
         )
 
     def __call__(self, tokens: Tensor, context: AttentionContext, cache: Tensor) -> Tensor:
@@ -143,10 +177,10 @@ class WholePass:
             SCALED=fp8,
             VECTORS=2 if fp8 else 1,
             ELEMENTS=STAGE_BYTES // self.packed.element_size(),
-            STAGES=_STAGES,
+            STAGES=stages_that_fit(shape, batch, context.num_queries, self._gpu),
             FLYING=_FLYING,
             TOKENS=_TOKENS,
-            TILES=next_power_of_2(cdiv(context.max_context, 8 * _TOKENS)),
+            TILES=_TILES,
             TILE_PARTS=next_power_of_2(units),
             PROGRAMS=programs,
             RANKS=self._num_ranks,
