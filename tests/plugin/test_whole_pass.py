@@ -4,6 +4,7 @@ What the kernel computes is tested in tests/gpu/test_whole_pass.py: Gluon has no
 """
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from smc_build.sharding import bind_head, rank_config
 from smc_build.weights import weight_shapes
 from smc_engines.fused_regions import FusedRegions
 from smc_engines.model import PagedModel
-from smc_engines.region_choice import shape_of
+from smc_engines.region_choice import shape_of, under_mps, whole_pass_bytes, whole_pass_rows
 from smc_plugin.backend import triton_kernels
 from smc_plugin.kernels import launch
 from smc_plugin.kernels.compile import compile_recorded
@@ -139,8 +140,10 @@ class SomeRanks:
 
     size: int
     rank: int = 0
+    shared: list[int] = dataclasses.field(default_factory=list)
 
     def share_words(self, count: int) -> Tensor:
+        self.shared.append(count)
         return torch.zeros(self.size, dtype=torch.int64, device="meta")
 
 
@@ -241,3 +244,68 @@ def test_all_contexts_take_one_kernel() -> None:
         return {one.name: found.arguments[one.name] for one in found.kernel.params if one.is_constexpr}
 
     assert constants(1) == constants(129) == constants(MAX_CONTEXT)
+
+
+@pytest.mark.parametrize("precision", [BF16, FP8], ids=["bfloat16", "fp8"])
+@pytest.mark.parametrize("config", [LLAMA, QWEN2, QWEN3], ids=["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_memory_is_counted_before_it_is_taken(config: ModelConfig, precision: Precision, num_ranks: int) -> None:
+    """The page pool gets what is left, so the count must be exact."""
+    rows = (1, 2, 8, 16)
+    config = config if num_ranks == 1 else rank_config(config, num_ranks)
+    ranks = SomeRanks(num_ranks) if num_ranks > 1 else None
+    whole_pass = WholePass(shape_of(config), meta_weights(config, precision), ranks)
+    assert whole_pass.held_bytes == whole_pass_bytes(config, precision, torch.device("cpu"))
+    whole_pass.prepare(rows)
+    assert whole_pass.held_bytes == whole_pass_bytes(config, precision, torch.device("cpu"), rows, num_ranks)
+    # Everything that it holds, found without its help.
+    held = [*vars(whole_pass).values(), *whole_pass._values.values()]
+    tensors = [one for each in held for one in (each if isinstance(each, list | tuple) else [each])]
+    own = {id(one): one.nbytes for one in tensors if isinstance(one, Tensor) and one is not whole_pass._embedding}
+    inboxes = 4 * sum(ranks.shared) if ranks is not None else 0
+    assert whole_pass.held_bytes == sum(own.values()) + inboxes
+
+
+def test_ranks_prepare_together_and_in_one_order() -> None:
+    """Sharing memory is a step of all ranks: once for all row counts of an engine, and once for each unusual one."""
+    config = rank_config(LLAMA, 2)
+    weights = bind_head(meta_weights(config, BF16), config, 0)
+    ranks = SomeRanks(2)
+    whole_pass = WholePass(shape_of(config), weights, ranks)
+    whole_pass.reserve([8, 16])
+    assert ranks.shared == []
+    whole_pass.prepare([16, 8, 1, 8])
+    words = 2 * config.num_layers * 2 * config.hidden_size * 2  # a row: sides, layers, products, columns, parts
+    assert ranks.shared == [(1 + 8 + 16) * words]
+    whole_pass.prepare([8, 16])
+    assert len(ranks.shared) == 1
+    whole_pass.prepare([5])
+    assert ranks.shared[1:] == [5 * words]
+
+
+def test_inboxes_lie_behind_one_another() -> None:
+    class Addresses(SomeRanks):
+        def share_words(self, count: int) -> Tensor:
+            super().share_words(count)
+            return torch.tensor([1 << 20, 1 << 30])
+
+    config = rank_config(LLAMA, 2)
+    whole_pass = WholePass(shape_of(config), bind_head(meta_weights(config, BF16), config, 0), Addresses(2))
+    whole_pass.prepare([2, 1])
+    step = 4 * 2 * config.num_layers * 2 * config.hidden_size * 2
+    assert whole_pass._inboxes[1].tolist() == [1 << 20, 1 << 30]
+    assert whole_pass._inboxes[2].tolist() == [(1 << 20) + step, (1 << 30) + step]
+
+
+def test_row_counts_that_are_prepared() -> None:
+    assert whole_pass_rows(8, 4) == (1, 2, 4, 8, 16)
+    assert whole_pass_rows(5, 1) == (1, 2, 5, 10)
+    assert whole_pass_rows(32, 1) == (1, 2)
+
+
+def test_a_shared_gpu_takes_no_whole_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under CUDA's multi-process service another process may hold the multiprocessors that a pass waits for."""
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    assert not under_mps()
+    (tmp_path / "control").touch()
+    assert under_mps()
