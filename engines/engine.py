@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -178,9 +178,13 @@ class Engine:
             self._prepare_whole_passes(self.draft)
 
     @classmethod
-    def from_dir(cls, path: Path, config: ExecutorConfig) -> Engine:
+    def from_dir(cls, path: Path, config: ExecutorConfig, untuned: bool = False) -> Engine:
         """Load an engine directory; one of several ranks by each of the processes that mpirun started.
 
+        Args:
+            path: of the directory.
+            config: how to run it.
+            untuned: leave aside what earlier tuning found, so that everything is there to be timed.
         Raises:
             EngineDirError: it is missing, damaged or does not fit this machine.
             ConfigError: it has several ranks and this process is not one of as many.
@@ -191,6 +195,8 @@ class Engine:
         verify = config.verify and (ranks is None or ranks.rank == 0)
         manifest = together(ranks, "read the engine directory", lambda: load_manifest(path, verify=verify))
         same_on_all(ranks, "an engine directory", manifest.to_dict())
+        if untuned:
+            manifest = replace(manifest, tactics={})
         folder = tokenizer_path(path)
 
         def weights(role: Role, device: torch.device, rank: int) -> dict[str, Tensor]:

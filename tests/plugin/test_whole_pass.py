@@ -4,6 +4,7 @@ What the kernel computes is tested in tests/gpu/test_whole_pass.py: Gluon has no
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ from smc_build.weights import weight_shapes
 from smc_engines.fused_regions import FusedRegions
 from smc_engines.model import PagedModel
 from smc_engines.region_choice import shape_of, under_mps, whole_pass_bytes, whole_pass_rows
+from smc_engines.regions import RegionRunner, TorchRegions
+from smc_engines.tactics import ModelTactics, RegionTimes, Runner
+from smc_engines.tuning import Tuner
 from smc_plugin.backend import triton_kernels
 from smc_plugin.kernels import launch
 from smc_plugin.kernels.compile import compile_recorded
@@ -309,3 +313,41 @@ def test_a_shared_gpu_takes_no_whole_passes(tmp_path: Path, monkeypatch: pytest.
     assert not under_mps()
     (tmp_path / "control").touch()
     assert under_mps()
+
+
+@pytest.mark.parametrize(
+    ("rows", "particles", "expected"),
+    [((1, 2, 4, 8, 16), 8, 8), ((8, 16), 8, 8), ((16, 32), 8, 16), ((4, 8, 16, 32), 32, 16), ((5, 10), 5, 5)],
+)
+def test_tuning_compares_the_pass_that_rounds_run_most(
+    rows: tuple[int, ...], particles: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One token a sequence, N sequences; and its steps each by whoever was fastest."""
+    weights = meta_weights(LLAMA, BF16)
+    whole_pass, fused = WholePass(shape_of(LLAMA), weights), FusedRegions(LLAMA, weights)
+    runners: dict[Runner, RegionRunner] = {"fused": fused, "torch": TorchRegions(LLAMA, weights)}
+    model = PagedModel(LLAMA, weights, 512, 16, fused, triton_kernels(), whole_pass=whole_pass)
+    graphs: list[list[launch.Recorded]] = []
+
+    def run(calls: Sequence[Callable[[], object]]) -> float:
+        with launch.recording() as recorded:
+            for call in calls:
+                call()
+        graphs.append(recorded)
+        return float(len(recorded))
+
+    monkeypatch.setattr(Tuner, "_graph_us", staticmethod(run))
+    tuner = Tuner(model, runners, 1, lambda _: None)
+    # Blocks were fastest on torch, which records nothing; the rest on the fused kernels.
+    timed = {count: RegionTimes("torch", {"torch": 1.0}) for count in rows}
+    times = tuner._compare_passes(rows, particles, ModelTactics({"block": timed}))
+    assert times is not None
+    assert model.whole_pass is whole_pass
+    whole, steps = graphs[-2:]
+    launched = [one for one in whole if one.kernel.__name__ == "whole_pass_kernel"]
+    assert [(one.arguments["ROWS"], one.arguments["QUERIES"]) for one in launched] == [(expected, 1)] * 4
+    names = [one.kernel.__name__ for one in steps]
+    assert "whole_pass_kernel" not in names
+    assert names.count("_linear_kernel") == 4 * 4  # qkv of the first layer; o, gate/up and down of the last
+    assert times.us == {"whole": len(whole) / 4, "steps": len(steps) / 4}
+    assert times.choice == "whole"
