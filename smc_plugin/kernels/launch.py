@@ -62,6 +62,11 @@ def pdl(enabled: bool) -> Iterator[None]:
         _Settings.pdl = before
 
 
+def is_recording() -> bool:
+    """Whether launches are recorded instead of run."""
+    return _Settings.record is not None
+
+
 @contextmanager
 def recording() -> Iterator[list[Recorded]]:
     """Record the launches inside instead of running them; results of the calls are not meaningful.

@@ -4,6 +4,7 @@ What the kernel computes is tested in tests/gpu/test_whole_pass.py: Gluon has no
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -202,6 +203,11 @@ def test_the_kernel_compiles_for_hopper(precision: Precision, batch: int, querie
     recorded = record(precision, batch, queries, MAX_CONTEXT, ranks)[-1]
     compiled = compile_recorded(recorded)
     assert ("st.relaxed.sys" in compiled.ptx) == (ranks > 1)
+    # The fence before the last sums covers what all threads of a program have unset, so their barrier precedes it.
+    assert (
+        re.search(r"bar\.sync[^\n]*\n(\s*(\.loc|//)[^\n]*\n|\$[^\n]*\n)*\s*fence\.acq_rel\.sys", compiled.ptx)
+        is not None
+    ) == (ranks > 1)
     # FP8 pages stop at their largest value, which must not make a number of what is none.
     for bound in ("min", "max"):
         assert (f"{bound}.NaN.f32" in compiled.ptx) == (precision is FP8)

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from smc_plugin.kernels.launch import Gpu, cdiv, gpu_of, launch, next_power_of_2, refuse_first_in_capture
+from smc_plugin.kernels.launch import Gpu, cdiv, gpu_of, is_recording, launch, next_power_of_2, refuse_first_in_capture
 from smc_plugin.kernels.rope import AttentionContext
 from smc_plugin.kernels.whole_pass.kernel import whole_pass_kernel
 from smc_plugin.kernels.whole_pass.products import LINE_ELEMENTS
@@ -233,7 +233,8 @@ class WholePass:
             RANKS=self._num_ranks,
             num_warps=8,
         )
-        self._ran.add(kind)
+        if not is_recording():
+            self._ran.add(kind)
         return out
 
     def reserve(self, rows: Iterable[int]) -> None:
