@@ -113,7 +113,7 @@ class Pass:
         self.model.whole_pass = self.whole if in_one_launch else None
         self.model.cache.copy_(self.before)
         longest = int(self.start.max()) - 1 + self.tokens.shape[1]
-        assert not in_one_launch or self.whole.takes(*self.tokens.shape, longest)
+        assert not in_one_launch or self.whole.takes(self.tokens.shape[0], self.tokens.shape[1], longest)
         hidden = self.model.forward(self.tokens, self.start, self.table, longest, offset=-1)
         return hidden, self.model.cache.clone()
 

@@ -323,7 +323,14 @@ def test_a_shared_gpu_takes_no_whole_passes(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("rows", "particles", "expected"),
-    [((1, 2, 4, 8, 16), 8, 8), ((8, 16), 8, 8), ((16, 32), 8, 16), ((4, 8, 16, 32), 32, 16), ((5, 10), 5, 5)],
+    [
+        ((1, 2, 4, 8, 16), 8, 8),
+        ((8, 16), 8, 8),
+        ((8, 16, 32), 8, 8),
+        ((16, 32), 8, 16),
+        ((4, 8, 16, 32), 32, 16),
+        ((5, 10), 5, 5),
+    ],
 )
 def test_tuning_compares_the_pass_that_rounds_run_most(
     rows: tuple[int, ...], particles: int, expected: int, monkeypatch: pytest.MonkeyPatch

@@ -3,7 +3,8 @@
 A launch for each product loses about 3 µs where one ends and the next begins, while the memory idles. Here one program stays
 on each multiprocessor for all layers. Its weights are stored in the order in which it needs them (`weights`), and one of its
 warps asks for the next 208 kB all the time (`products`; less on a GPU with less shared memory), whatever the others wait for:
-the rows that a product multiplies come from all programs. They are handed over without a barrier (`exchange`). The steps of a layer:
+the rows that a product multiplies come from all programs. They are handed over without a barrier (`exchange`). The steps
+of a layer:
 
     qkv         columns spread over the programs, all of the inner dimension in one
     attention   a (sequence, KV head, part of its query heads) a program; keys and values go to their pages
