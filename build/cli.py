@@ -145,16 +145,16 @@ def _tune(path: Path, verify: bool = True) -> None:
 
     started = time.perf_counter()
     start_ranks(path, "smc_build.cli", ["--tune", str(path)])
-    config = ExecutorConfig(device="cuda", regions="torch", verify=False)
+    config = ExecutorConfig(device="cuda", verify=False)
     if launched_rank():
-        if follow_rank_0(lambda: Engine.from_dir(path, config), "smc-build"):
+        if follow_rank_0(lambda: Engine.from_dir(path, config, untuned=True), "smc-build"):
             raise SmcError(
                 f"rank {launched_rank()} could not tune, expected it to follow rank 0: see the messages above"
             )
         return
     manifest = load_manifest(path, verify=verify)
     print(f"tuning {path} on {torch.cuda.get_device_name()}", flush=True)
-    with contextlib.closing(Engine.from_dir(path, config)) as engine:
+    with contextlib.closing(Engine.from_dir(path, config, untuned=True)) as engine:
         lockstep.announce(engine.ranks, tune_engine, None, lockstep.silent)
         tactics = tune_engine(engine, say=lambda line: print(f"  {line}", flush=True))
     write_manifest(path, replace(manifest, tactics=tactics))

@@ -150,9 +150,18 @@ class BuildPlan:
         """Bytes that the draft's matrices take a second time, in the order of passes in one launch; see whole_pass."""
         if self.memory_name != "GPU memory" or self.draft is None:
             return 0
-        from smc_engines.region_choice import whole_pass_bytes  # noqa: PLC0415 - needs triton, which a GPU comes with
+        from smc_engines.region_choice import (  # noqa: PLC0415 - needs triton, which a GPU comes with
+            under_mps,
+            whole_pass_bytes,
+            whole_pass_rows,
+        )
 
-        return whole_pass_bytes(self.rank_configs["draft"], self.precisions["draft"], torch.device("cuda"))
+        if under_mps():
+            return 0
+        rows = whole_pass_rows(self.options.particles, self.options.groups)
+        return whole_pass_bytes(
+            self.rank_configs["draft"], self.precisions["draft"], torch.device("cuda"), rows, self.ranks("draft")
+        )
 
     @property
     def num_pages(self) -> int:

@@ -326,7 +326,7 @@ def _load(args: argparse.Namespace) -> tuple[Engine, list[int] | None]:
         prefix_cache=False,
     )
     if args.engine is not None:
-        engine = Engine.from_dir(Path(args.engine), config)
+        engine = Engine.from_dir(Path(args.engine), config, untuned=args.tune)
         return engine, None if args.prompt is None else _encode(engine, args.prompt)
     if args.prompt is not None:
         raise ConfigError("--prompt needs a tokenizer, --preset has none: use --prompt-tokens, or an engine directory")

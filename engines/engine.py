@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,13 @@ from smc_engines.parallel import lockstep
 from smc_engines.parallel.connect import connect
 from smc_engines.parallel.ranks import Ranks, same_on_all, together
 from smc_engines.plan_runner import Scratch
-from smc_engines.region_choice import choose_regions, choose_whole_pass, takes_whole_passes, whole_pass_bytes
+from smc_engines.region_choice import (
+    choose_regions,
+    choose_whole_pass,
+    takes_whole_passes,
+    whole_pass_bytes,
+    whole_pass_rows,
+)
 from smc_engines.rounds import RoundKind
 from smc_engines.sampling_params import COLDEST, MAX_EOS_IDS, SamplingParams
 from smc_engines.text import Tokenizer
@@ -169,11 +175,16 @@ class Engine:
         self.draft = None
         if draft is not None:
             self.draft = together(ranks, "load the draft", lambda: model("draft", draft))
+            self._prepare_whole_passes(self.draft)
 
     @classmethod
-    def from_dir(cls, path: Path, config: ExecutorConfig) -> Engine:
+    def from_dir(cls, path: Path, config: ExecutorConfig, untuned: bool = False) -> Engine:
         """Load an engine directory; one of several ranks by each of the processes that mpirun started.
 
+        Args:
+            path: of the directory.
+            config: how to run it.
+            untuned: leave aside what earlier tuning found, so that everything is there to be timed.
         Raises:
             EngineDirError: it is missing, damaged or does not fit this machine.
             ConfigError: it has several ranks and this process is not one of as many.
@@ -184,6 +195,8 @@ class Engine:
         verify = config.verify and (ranks is None or ranks.rank == 0)
         manifest = together(ranks, "read the engine directory", lambda: load_manifest(path, verify=verify))
         same_on_all(ranks, "an engine directory", manifest.to_dict())
+        if untuned:
+            manifest = replace(manifest, tactics={})
         folder = tokenizer_path(path)
 
         def weights(role: Role, device: torch.device, rank: int) -> dict[str, Tensor]:
@@ -243,6 +256,21 @@ class Engine:
         if self.device.type == "cuda" and any(precision.uses_fp8 for precision in self.precisions.values()):
             check_fp8_gpu(torch.cuda.get_device_name(self.device), torch.cuda.get_device_capability(self.device))
 
+    def _whole_pass_rows(self) -> tuple[int, ...]:
+        return whole_pass_rows(self.manifest.max_particles, self.max_groups)
+
+    def _prepare_whole_passes(self, draft: PagedModel) -> None:
+        """What the ranks must do together before the first pass in one launch; where one fails, none is left waiting."""
+        whole_pass, ranks = draft.whole_pass, self.ranks if draft.config.is_shard else None
+        if whole_pass is None:
+            return
+        from smc_plugin.kernels.launch import gpu_of  # noqa: PLC0415 - importing it needs triton
+
+        same_on_all(ranks, "a GPU whose multiprocessors, shared memory and capability are", gpu_of(self.device))
+        rows = self._whole_pass_rows()
+        together(ranks, "make room for passes in one launch", lambda: whole_pass.reserve(rows))
+        whole_pass.prepare(rows)
+
     def _agree_on_pages(self) -> int:
         """The size that every rank has room for."""
         own = together(self.ranks, "size its page pool", self._size_pool)
@@ -257,7 +285,8 @@ class Engine:
         for role, precision in self.precisions.items():
             options = self.config.regions, self.manifest, role, self.device, self.config.kernels, self.ranks
             if takes_whole_passes(*options):
-                taken += whole_pass_bytes(configs[role], precision, self.device)
+                num_ranks = self.manifest.tp if configs[role].is_shard else 1
+                taken += whole_pass_bytes(configs[role], precision, self.device, self._whole_pass_rows(), num_ranks)
         page_bytes = self.page_size * sum(
             configs[role].kv_bytes_per_token(precision.kv) for role, precision in self.precisions.items()
         )

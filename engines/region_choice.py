@@ -15,7 +15,8 @@ faster; the others never do.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from smc_build.dtypes import dtype_bytes
 from smc_build.engine_dir import Manifest, Role
 from smc_build.model_config import ModelConfig
+from smc_build.plan import round_rows
 from smc_build.precision import Precision
 from smc_engines.fused_regions import FusedRegions
 from smc_engines.parallel.ranks import Ranks
@@ -96,7 +98,7 @@ def takes_whole_passes(
         return False
     if entry.rank_config.is_shard and (ranks is None or not ranks.shares_memory):
         return False
-    if whole_pass_bytes(entry.rank_config, entry.precision, device) == 0:
+    if whole_pass_bytes(entry.rank_config, entry.precision, device) == 0 or under_mps():
         return False
     tactics = tactics_of(manifest.tactics, role, torch.cuda.get_device_name(device))
     return tactics is None or tactics.whole_pass is None or tactics.whole_pass.choice == "whole"
@@ -125,15 +127,42 @@ def choose_whole_pass(
     return WholePass(shape_of(config), weights, ranks if config.is_shard else None)
 
 
-def whole_pass_bytes(config: ModelConfig, precision: Precision, device: torch.device) -> int:
-    """Memory that whole passes of a model would take on this GPU beside its weights; 0 where they cannot be had."""
+def whole_pass_rows(particles: int, groups: int) -> tuple[int, ...]:
+    """Row counts of draft passes that an engine prepares one launch for: rounds of N = particles and of one, up to MAX_ROWS.
+
+    One and two are also what the last tokens of a prompt may come to. Other N work too, prepared when they first run.
+    """
+    from smc_plugin.kernels.whole_pass import MAX_ROWS  # noqa: PLC0415 - importing it needs triton
+
+    rows = {count for n in (1, particles) for count in round_rows("draft", n, 0, groups)}
+    return tuple(sorted(count for count in rows if count <= MAX_ROWS))
+
+
+def under_mps() -> bool:
+    """Whether CUDA's multi-process service runs here: other processes may then hold multiprocessors that a pass waits for."""
+    folder = os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or "/tmp/nvidia-mps"
+    return (Path(folder) / "control").exists()
+
+
+def whole_pass_bytes(
+    config: ModelConfig, precision: Precision, device: torch.device, rows: Iterable[int] = (), num_ranks: int = 1
+) -> int:
+    """Memory that whole passes of a model would take on this GPU beside its weights; 0 where they cannot be had.
+
+    Args:
+        config: of one rank's part.
+        precision: of the model.
+        device: the GPU.
+        rows: row counts that are prepared for; see whole_pass_rows.
+        num_ranks: that share the model.
+    """
     from smc_plugin.kernels.launch import gpu_of  # noqa: PLC0415 - importing it needs triton
     from smc_plugin.kernels.whole_pass import WholePass  # noqa: PLC0415
 
     shape, gpu = shape_of(config), gpu_of(device)
     if precision.activations != "bfloat16" or not WholePass.suits(shape, gpu):
         return 0
-    return WholePass.extra_bytes(shape, dtype_bytes(precision.matrices), gpu)
+    return WholePass.extra_bytes(shape, dtype_bytes(precision.matrices), gpu, rows, num_ranks)
 
 
 def shape_of(config: ModelConfig) -> DecoderShape:

@@ -31,7 +31,7 @@ from smc_engines.engine import Engine
 from smc_engines.fused_regions import PRODUCTS, FusedRegions
 from smc_engines.model import PagedModel
 from smc_engines.region_choice import MAX_FUSED_ROWS, choose_regions, make_runners, takes_whole_passes
-from smc_engines.regions import RegionRunner
+from smc_engines.regions import RegionRunner, SelectedRegions
 from smc_engines.tactics import ModelTactics, PassTimes, RegionTimes, Runner
 from smc_plugin.errors import ConfigError
 from smc_plugin.kernels.compile import precompile
@@ -61,8 +61,9 @@ def tune_engine(engine: Engine, rows: Mapping[Role, Sequence[int]] | None = None
     """Time an engine's regions on its GPU; one whose `regions` are `auto` uses the fastest from now on.
 
     Args:
-        engine: on a GPU; nothing may run on it meanwhile, and what its KV pages held is lost. Of several ranks each must call
-            this at the same time; all get the same result.
+        engine: on a GPU, loaded as `untuned`, or what an earlier choice has left out is not timed; nothing may run on it
+            meanwhile, and what its KV pages held is lost. Of several ranks each must call this at the same time; all get
+            the same result.
         rows: numbers of rows to time for each model; None takes those of the engine's rounds.
         say: takes a line of progress.
     Returns:
@@ -78,9 +79,11 @@ def tune_engine(engine: Engine, rows: Mapping[Role, Sequence[int]] | None = None
     for role, model in engine.models.items():
         wanted: set[Runner] = {"fused", "plans"} if engine.plan_folder is not None else {"fused"}
         runners = make_runners(wanted, manifest, role, model.weights, None, engine.plan_folder, engine.scratch)
-        tuner = Tuner(model, runners, manifest.max_draft_tokens + 1, lambda text, role=role: say(f"{role}: {text}"))
+        # A draft's passes have one token a sequence, but for the first of a round; a score pass has K + 1.
+        queries = manifest.max_draft_tokens + 1 if role == "target" else 1
+        tuner = Tuner(model, runners, queries, lambda text, role=role: say(f"{role}: {text}"))
         with torch.inference_mode():
-            models[role] = tuner.tune(rows[role])
+            models[role] = tuner.tune(rows[role], manifest.max_particles)
     gpu = torch.cuda.get_device_name(engine.device)
     tactics = {"gpu": gpu, "models": {role: found.to_dict() for role, found in models.items()}}
     if engine.ranks is not None:
@@ -110,16 +113,16 @@ class Tuner:
     Args:
         model: on the GPU; its KV pages are overwritten.
         runners: by name, "fused" among them.
-        score_queries: tokens a sequence of a score pass, K + 1.
+        queries: tokens a sequence of a pass: K + 1 in a score pass, 1 in a draft's.
         say: takes a line of progress.
     """
 
-    def __init__(self, model: PagedModel, runners: Mapping[Runner, RegionRunner], score_queries: int, say: Say) -> None:
+    def __init__(self, model: PagedModel, runners: Mapping[Runner, RegionRunner], queries: int, say: Say) -> None:
         self._model = model
         self._config = model.config
         self._weights = model.weights
         self._runners = runners
-        self._score_queries = score_queries
+        self._queries = queries
         self._say = say
         self._precision = Precision.of(model.weights)
         self._specs = region_specs(model.config, self._precision)
@@ -129,8 +132,13 @@ class Tuner:
         self._flush = torch.empty(_FLUSH_BYTES // 4, dtype=torch.float32, device=model.weights["embed"].device)
         self._flush_us = self._graph_us([self._flush.zero_] * 8) / 8
 
-    def tune(self, rows: Sequence[int]) -> ModelTactics:
-        """Find the fastest tactics and runners for each number of rows."""
+    def tune(self, rows: Sequence[int], particles: int) -> ModelTactics:
+        """Find the fastest tactics and runners for each number of rows.
+
+        Args:
+            rows: numbers of rows.
+            particles: N of the rounds that decide whether drafts are passes in one launch.
+        """
         few = [count for count in rows if count <= MAX_FUSED_ROWS]
         self._precompile(few)
         products: dict[str, dict[int, Tactic]] = {name: {} for name in PRODUCTS}
@@ -139,7 +147,8 @@ class Tuner:
         regions: dict[str, dict[int, RegionTimes]] = {}
         for region in used_regions(self._config):
             regions[region] = {count: self._compare(region, count) for count in rows}
-        return ModelTactics(regions, products, self._compare_passes(few))
+        found = ModelTactics(regions, products)
+        return dataclasses.replace(found, whole_pass=self._compare_passes(few, particles, found))
 
     def _tune_product(self, name: str, rows: int) -> Tactic:
         """The fastest tactic of one product, the others as found so far."""
@@ -153,21 +162,27 @@ class Tuner:
         self._say(f"{name:8} {rows:4} rows  {best_us:8.1f} us a {'head' if name == 'head' else 'pass'}  {best}")
         return best
 
-    def _compare_passes(self, rows: Sequence[int]) -> PassTimes | None:
-        """Time a pass in one launch against one for each step, at the most rows that it takes."""
+    def _compare_passes(self, rows: Sequence[int], particles: int, found: ModelTactics) -> PassTimes | None:
+        """Time a pass in one launch against one for each step, every step by whoever was fastest.
+
+        The pass is that of K-1 of a round's K steps, one token a sequence; of one request with N = particles where it takes
+        such, else of the most rows that it takes.
+        """
         whole = self._model.whole_pass
-        taken = [count for count in rows if whole is not None and whole.takes(count, 1, _CONTEXT_TOKENS)]
+        taken = [] if whole is None else [count for count in rows if whole.takes(count, 1, _CONTEXT_TOKENS + 2)]
+        # Of rows n and 2n a round runs n most often; 2n alone is its first pass, two tokens a sequence.
+        taken = [count for count in taken if 2 * count in rows] or taken
         if not taken:
             return None
-        call, times = self._forward(max(taken)), {}
+        count = particles if particles in taken else max(taken)
+        fastest = SelectedRegions(self._runners, lambda region, rows: found.runner(region, rows) or "fused")
+        call, times = self._forward(count, 1, fastest), {}
         for name in ("whole", "steps"):
             self._model.whole_pass = whole if name == "whole" else None
             times[name] = round(self._graph_us([call] * 4) / 4, 2)
         self._model.whole_pass = whole
         choice = "whole" if times["whole"] < times["steps"] else "steps"
-        self._say(
-            f"pass     {max(taken):4} rows  {choice:6} (us: whole {times['whole']:.1f}  steps {times['steps']:.1f})"
-        )
+        self._say(f"pass     {count:4} rows  {choice:6} (us: whole {times['whole']:.1f}  steps {times['steps']:.1f})")
         return PassTimes(choice, times)
 
     def _product_us(self, name: str, rows: int, tactic: Tactic) -> float:
@@ -176,13 +191,13 @@ class Tuner:
         if name == "head":
             return self._chain_us(self._fused, self._chain("head"), rows)
         whole, self._model.whole_pass = self._model.whole_pass, None
-        us = self._graph_us([self._forward(rows)])
+        queries = self._queries if rows % self._queries == 0 else 1
+        us = self._graph_us([self._forward(rows, queries, self._fused)])
         self._model.whole_pass = whole
         return us
 
-    def _forward(self, rows: int) -> Callable[[], object]:
-        """A pass of the model on the fused runner, sequences sharing all pages but the last."""
-        queries = self._score_queries if rows % self._score_queries == 0 else 1
+    def _forward(self, rows: int, queries: int, runner: RegionRunner) -> Callable[[], object]:
+        """A pass of the model on a runner, `queries` tokens a sequence; sequences share all pages but the last."""
         sequences, page_size = rows // queries, self._model.page_size
         device = self._weights["embed"].device
         num_pages = self._model.cache.shape[2]
@@ -195,7 +210,7 @@ class Tuner:
         tokens = torch.zeros((sequences, queries), dtype=torch.int64, device=device)
 
         def call() -> object:
-            before, self._model.regions = self._model.regions, self._fused
+            before, self._model.regions = self._model.regions, runner
             try:
                 return self._model.forward(tokens, start, table, columns * page_size + queries)
             finally:

@@ -21,12 +21,14 @@ from torch._C._distributed_c10d import TCPStore
 
 from smc_engines.parallel.heartbeat import deadline
 from smc_engines.parallel.mpi import MpiRanks
+from smc_engines.parallel.ranks import together
 from smc_plugin.kernels.timing import graph_times_us
 
 _LARGEST_ONE_SHOT = 4 << 20
 _TIMED_BYTES = (16 << 10, 64 << 10, 256 << 10, 512 << 10, 1 << 20, 2 << 20, _LARGEST_ONE_SHOT)
 _CALLS, _REPLAYS = 20, 7
 _LEAVE_S = 30.0
+_SHARE_S = 8.0  # that ranks may lag behind one another once all have the memory
 
 _log = logging.getLogger("smc_engines.parallel")
 
@@ -69,7 +71,8 @@ class NcclRanks:
         failure = None
         try:
             for dtype in (torch.bfloat16, torch.float32):
-                self._buffers[dtype], _ = self._symmetric(2 * _LARGEST_ONE_SHOT // dtype.itemsize, dtype)
+                self._buffers[dtype] = self._reachable(2 * _LARGEST_ONE_SHOT // dtype.itemsize, dtype)
+                self._addresses(self._buffers[dtype])
         except Exception as error:  # whatever it is, NCCL is there
             failure = f"{type(error).__name__}: {error}"
         failures = [text for text in self._mpi.gather_objects(failure) if text is not None]
@@ -78,21 +81,28 @@ class NcclRanks:
             self._buffers.clear()
         return not failures
 
-    def _symmetric(self, count: int, dtype: torch.dtype) -> tuple[Tensor, list[int]]:
-        """Memory of every rank that all can reach: this rank's, and the addresses of all."""
+    def _reachable(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Memory of this rank's that all will reach."""
         import torch.distributed._symmetric_memory as symmetric  # noqa: PLC0415 - private: may be missing or move
 
-        own = symmetric.empty(count, dtype=dtype, device=self._device)
+        return symmetric.empty(count, dtype=dtype, device=self._device)
+
+    def _addresses(self, own: Tensor) -> list[int]:
+        """Where such memory of every rank is found from here; all ranks ask at the same time."""
+        import torch.distributed._symmetric_memory as symmetric  # noqa: PLC0415 - private: may be missing or move
+
         handle = symmetric.rendezvous(own, dist.group.WORLD)  # type: ignore[arg-type]
-        return own, [handle.get_buffer(rank, [count], dtype).data_ptr() for rank in range(self.size)]
+        return [handle.get_buffer(rank, [own.numel()], own.dtype).data_ptr() for rank in range(self.size)]
 
     def share_words(self, count: int) -> Tensor:
         """See Ranks."""
-        own, addresses = self._symmetric(count, torch.int32)
+        own = together(self, "take memory that all ranks reach", lambda: self._reachable(count, torch.int32))
         own.fill_(-1)
         self._shared.append(own)
-        torch.cuda.synchronize()
-        self.gather_objects(None)  # nobody writes into words that are not set yet
+        with deadline(self.rank, _SHARE_S, "not all ranks shared their memory"):
+            addresses = self._addresses(own)
+            torch.cuda.synchronize()
+            self.gather_objects(None)  # nobody writes into words that are not set yet
         return torch.tensor(addresses, dtype=torch.int64, device=self._device)
 
     def _time(self) -> None:

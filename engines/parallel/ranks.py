@@ -38,6 +38,8 @@ class Ranks(Protocol):
 
         Returns:
             [size] int64, the addresses of the ranks' words, on the GPU; the words live as long as the ranks are connected.
+        Raises:
+            RankError: some rank has no room for them. One that does not come at all ends the others.
         """
         ...
 

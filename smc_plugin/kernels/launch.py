@@ -62,6 +62,11 @@ def pdl(enabled: bool) -> Iterator[None]:
         _Settings.pdl = before
 
 
+def is_recording() -> bool:
+    """Whether launches are recorded instead of run."""
+    return _Settings.record is not None
+
+
 @contextmanager
 def recording() -> Iterator[list[Recorded]]:
     """Record the launches inside instead of running them; results of the calls are not meaningful.
@@ -135,6 +140,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     kernel[grid](*args, **meta, PDL=use_pdl, launch_pdl=use_pdl)
 
 
+def refuse_first_in_capture(device: torch.device) -> None:
+    """What a kernel needs is made, and the kernel loaded, when it first runs: that cannot be captured.
+
+    Raises:
+        ConfigError: the current stream is being captured.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ConfigError(
+            "a kernel was captured before it ever ran, expected one run before the capture: run the graph's function "
+            "once outside the capture"
+        )
+
+
 _COUNTERS: dict[torch.device, Tensor] = {}
 
 
@@ -153,11 +171,7 @@ def counters(device: torch.device, count: int) -> Tensor:
             f"a kernel launch needs {count} arrival counters, there are {NUM_COUNTERS}: run fewer rows at a time"
         )
     if device not in _COUNTERS:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise ConfigError(
-                "a kernel was captured before it ever ran, expected one run before the capture: run the graph's function "
-                "once outside the capture"
-            )
+        refuse_first_in_capture(device)
         _COUNTERS[device] = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
     return _COUNTERS[device]
 

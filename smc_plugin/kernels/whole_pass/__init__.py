@@ -2,8 +2,9 @@
 
 A launch for each product loses about 3 µs where one ends and the next begins, while the memory idles. Here one program stays
 on each multiprocessor for all layers. Its weights are stored in the order in which it needs them (`weights`), and one of its
-warps asks for the next 208 kB all the time (`products`), whatever the others wait for: the rows that a product multiplies
-come from all programs. They are handed over without a barrier (`exchange`). The steps of a layer:
+warps asks for the next 208 kB all the time (`products`; less on a GPU with less shared memory), whatever the others wait for:
+the rows that a product multiplies come from all programs. They are handed over without a barrier (`exchange`). The steps
+of a layer:
 
     qkv         columns spread over the programs, all of the inner dimension in one
     attention   a (sequence, KV head, part of its query heads) a program; keys and values go to their pages
@@ -16,7 +17,10 @@ not depend on timing. Norms are carried as in `matmul`: y times the next norm's 
 divide by at its end.
 
 All programs must run at the same time, one on each multiprocessor: each waits for values of the others. A launch on a stream
-gets that, as what runs before it ends by itself.
+gets that where everything else that holds multiprocessors ends by itself: kernels before it, and other processes' without MPS,
+since the GPU gives them turns. Two passes that wait on two streams of a process at once could each hold a part of the
+multiprocessors for ever; the executor has one stream. Under MPS nothing keeps another process from that, so the engine takes
+steps there. In a MIG instance the number of multiprocessors is the instance's, and they are its own.
 
 Written in Gluon, Triton's lower level, because what lies where in shared memory is the point: what a thread loads from a
 stage is its part of a matrix operand, 16 bytes at a time. There is no interpreter for Gluon: without a GPU the kernel can be

@@ -5,6 +5,7 @@ Each warp keeps the running maximum, sum and weighted values of its own tokens; 
 
 from __future__ import annotations
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -21,9 +22,11 @@ def attention_layout(query_rows, head_dim):
 
 @gluon.jit
 def _rounded(x, dtype: gl.constexpr):
-    """x as a page of that type holds it; FP8 stops at its largest value."""
+    """x as a page of that type holds it; FP8 stops at its largest value, and NaN stays NaN. See rope.rounded."""
     if dtype == gl.float8e4nv:
-        return gl.minimum(gl.maximum(x.to(gl.float32), -448.0), 448.0).to(dtype)
+        return gl.minimum(gl.maximum(x.to(gl.float32), -448.0, tl.PropagateNan.ALL), 448.0, tl.PropagateNan.ALL).to(
+            dtype
+        )
     else:
         return x.to(dtype)
 

@@ -13,6 +13,23 @@ Ranks add up their parts of o and down in the same way: the program that has som
 inbox of every rank, in peer-to-peer memory, and waits for those of the same program on the others. So there is no kernel and no
 barrier between a product and its sum. A program unsets its part of the other side of its own inbox, and says so by a fence
 before its last sum of the pass: a rank that starts the next pass has got that sum from all others.
+
+Why nothing more has to be ordered:
+
+- A value is 16 or 32 bits, aligned, so it arrives whole. Each says for itself whether it is there, and nothing is concluded
+  from one about another: await_words only makes it likely, `settled` looks at every value that is used. Nothing else that a
+  pass reads is written in it by another program: residuals are read by the threads that wrote them, and pages only at positions
+  that were there before the pass.
+- The other side is unset by plain stores while nobody reads it: the pass that left it has ended (a launch waits for all of the
+  one before it, with programmatic dependent launch by gdc_wait), and the next one begins after all stores of this one.
+- Which side is next is stored by the last program to leave. Each has read it before it added itself to the count, and who reads
+  it next is another launch. The count goes back to 0 the same way.
+- gdc_launch_dependents before the last product lets the next kernel begin, not read: it waits for the end of this one.
+- Sums from other ranks: a peer's stores for a side come in a launch after the one that got our last sum of the pass in which we
+  unset that side, and thus after the fence. Every thread makes it after a barrier, so that it covers what the others unset. Nor
+  can they be of an older pass: that one ended here only when all of them were there.
+- A peer is at most one pass ahead: to end the next pass it needs our sums of it.
+- The weights, read before gdc_wait, are written by no kernel.
 """
 
 from __future__ import annotations
@@ -206,10 +223,10 @@ def unset_inbox(inbox, program, units, UNITS: gl.constexpr, ROWS: gl.constexpr, 
 
 @gluon.jit
 def fence_ranks():
-    """What this thread stored before is seen by all ranks that see what it stores after."""
+    """What the program stored before is seen by all ranks that see what one of its threads stores after."""
+    gl.thread_barrier()
     at = gl.arange(0, 256, layout=gl.BlockedLayout([1], [32], [8], [0]))
     gl.inline_asm_elementwise("fence.acq_rel.sys; mov.b32 $0, 0;", "=r,r", [at], dtype=gl.int32, is_pure=False, pack=1)
-    gl.thread_barrier()
 
 
 @gluon.jit
