@@ -1,6 +1,6 @@
-"""Attention of a pass: a program takes one sequence, one KV head and some of its query heads; a warp takes 16 tokens at a time.
+"""Attention of a pass: a program takes one sequence, one KV head and some of its query heads; 8 lanes take 4 tokens at a time.
 
-Each warp keeps the running maximum, sum and weighted values of its own tokens; at the end they are put together.
+Each 8 lanes keep the running maximum, sum and weighted values of their own tokens, so that they meet others' only at the end.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from triton.experimental.gluon import language as gl
 
 from smc_plugin.kernels.whole_pass.exchange import await_words, place_of, settled
 
+STRETCHES = gl.constexpr(32)  # of tokens, side by side: 4 a warp
 _TABLE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
 @gluon.constexpr_function
 def attention_layout(query_rows, head_dim):
-    """[query rows, warps, tokens, head_dim]: a warp for each stretch of tokens, 4 tokens of 8 lanes at a time."""
-    return gl.BlockedLayout([query_rows, 1, 1, head_dim // 8], [1, 1, 4, 8], [1, 8, 1, 1], [3, 2, 1, 0])
+    """[query rows, stretches, tokens, head_dim]: 8 lanes for each stretch."""
+    return gl.BlockedLayout([query_rows, 1, 4, head_dim // 8], [1, 4, 1, 8], [1, 8, 1, 1], [3, 2, 1, 0])
 
 
 @gluon.jit
@@ -60,13 +61,13 @@ def find_places(places, block_row, length, PAGE_SIZE: gl.constexpr, SPAN: gl.con
 @gluon.jit
 def load_tile(cache, half_cache, places, tile, length, kv_head, KV_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
               TILES: gl.constexpr, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
-    """Keys and values [8 warps, TOKENS, HEAD_DIM] of a tile's positions; 0 from `length` on."""
+    """Keys and values [STRETCHES, TOKENS, HEAD_DIM] of a tile's positions; 0 from `length` on."""
     TILE: gl.constexpr = gl.SliceLayout(0, LAYOUT)
-    warp = gl.arange(0, 8, layout=gl.SliceLayout(1, gl.SliceLayout(2, TILE)))
+    stretch = gl.arange(0, STRETCHES, layout=gl.SliceLayout(1, gl.SliceLayout(2, TILE)))
     local = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, gl.SliceLayout(2, TILE)))
     column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(1, TILE)))
-    token = (tile * 8 + warp)[:, None] * TOKENS + local[None, :]
-    found = places.index(gl.minimum(tile, TILES - 1))._reinterpret(gl.int32, [8, TOKENS], _TABLE)
+    token = (tile * STRETCHES + stretch)[:, None] * TOKENS + local[None, :]
+    found = places.index(gl.minimum(tile, TILES - 1))._reinterpret(gl.int32, [STRETCHES, TOKENS], _TABLE)
     place = (found.load(gl.SliceLayout(2, TILE)).to(gl.int64) * KV_HEADS + kv_head) * HEAD_DIM
     at = cache + place[:, :, None] + column[None, None, :]
     inside = (token < length)[:, :, None] & (column >= 0)[None, None, :]
@@ -90,7 +91,7 @@ def await_new(qkv, sequence, kv_head, part, QUERIES: gl.constexpr, HEADS: gl.con
 
 @gluon.jit
 def _merged(state, score, value, R: gl.constexpr, LAYOUT: gl.constexpr):
-    """The running state of softmax after one more token, of which the first warp has scores [R, warps] and -inf the others."""
+    """The running state of softmax after one more token, of which the first stretch has scores [R, stretches] and -inf the others."""
     ACC: gl.constexpr = gl.SliceLayout(2, LAYOUT)
     top, total, acc = state
     new_top = gl.maximum(top, score)
@@ -109,18 +110,18 @@ def _far(state, tile0, tile1, query, cache, half_cache, places, length, kv_head,
     """The running state of softmax after all tokens in the pages; two tiles are always on their way."""
     S: gl.constexpr = gl.SliceLayout(3, LAYOUT)
     ACC: gl.constexpr = gl.SliceLayout(2, LAYOUT)
-    warp = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, S)))
+    stretch = gl.arange(0, STRETCHES, layout=gl.SliceLayout(0, gl.SliceLayout(2, S)))
     local = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, gl.SliceLayout(1, S)))
     query = query[:, None, :][:, :, None, :]
     top, total, acc = state
     keys, values = tile0
     next_keys, next_values = tile1
-    for tile in range((length + 8 * TOKENS - 1) // (8 * TOKENS)):
+    for tile in range((length + STRETCHES * TOKENS - 1) // (STRETCHES * TOKENS)):
         later_keys, later_values = load_tile(
             cache, half_cache, places, tile + 2, length, kv_head, KV_HEADS, HEAD_DIM, TILES, TOKENS, LAYOUT
         )
         score = gl.sum(query * keys.to(gl.float32)[None, :, :, :], axis=3) * scale_log2
-        token = (tile * 8 + warp)[None, :, None] * TOKENS + local[None, None, :]
+        token = (tile * STRETCHES + stretch)[None, :, None] * TOKENS + local[None, None, :]
         score = gl.where(token < length, score, float("-inf"))
         new_top = gl.maximum(top, gl.max(score, axis=2))
         shift = gl.where(new_top == float("-inf"), 0.0, new_top)
@@ -149,17 +150,20 @@ def _load_new(qkv, line, head, cos, sin, column, WIDTH: gl.constexpr, HEAD_DIM: 
 
 @gluon.jit
 def attend(
-    sequence, kv_head, part, qkv, cache, half_cache, places, length, cos, sin, slots,
+    sequence, kv_head, part, qkv, cache, half_cache, places, length, tile0, tile1, cos, sin, slots,
     q_norm, k_norm, out, scale_log2, eps,
     NORM: gl.constexpr, QUERIES: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr,
     HEAD_DIM: gl.constexpr, TILES: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """HEADS query heads of one sequence and KV head against the new keys and values and those in the pages."""
+    """HEADS query heads of one sequence and KV head against the new keys and values and those in the pages.
+
+    tile0 and tile1 are the first tiles of the pages, as load_tile found them.
+    """
     R: gl.constexpr = HEADS * QUERIES
     LAYOUT: gl.constexpr = attention_layout(R, HEAD_DIM)
     QUERY: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))  # [R, HEAD_DIM]
-    STATE: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))  # [R, warps]
-    ACC: gl.constexpr = gl.SliceLayout(2, LAYOUT)  # [R, warps, HEAD_DIM]
+    STATE: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))  # [R, stretches]
+    ACC: gl.constexpr = gl.SliceLayout(2, LAYOUT)  # [R, stretches, HEAD_DIM]
     WIDTH: gl.constexpr = (GROUP + 2) * KV_HEADS * HEAD_DIM
     NUM_HEADS: gl.constexpr = GROUP * KV_HEADS
     r = gl.arange(0, R, layout=gl.SliceLayout(1, QUERY))
@@ -176,20 +180,17 @@ def attend(
         new_keys = new_keys + (found,)
         new_values = new_values + (gl.load(found[4] + KV_HEADS * HEAD_DIM, cache_modifier=".cg"),)
         new_slots = new_slots + (gl.load(slots + line),)
-    # Answers come in the order of the questions: pages, which are far, are asked for after what is waited for first.
-    tile0 = load_tile(cache, half_cache, places, 0, length, kv_head, KV_HEADS, HEAD_DIM, TILES, TOKENS, LAYOUT)
-    tile1 = load_tile(cache, half_cache, places, 1, length, kv_head, KV_HEADS, HEAD_DIM, TILES, TOKENS, LAYOUT)
     if NORM:
         q_norms, q_pair_norms = gl.load(q_norm + column), gl.load(q_norm + pair_column)
         k_norms, k_pair_norms = gl.load(k_norm + column), gl.load(k_norm + pair_column)
     else:
         q_norms, q_pair_norms, k_norms, k_pair_norms = column, column, column, column
     query = _turned(asked, column, q_norms, q_pair_norms, eps, NORM, HEAD_DIM).to(gl.float32)
-    warp = gl.arange(0, 8, layout=gl.SliceLayout(0, STATE))
+    stretch = gl.arange(0, STRETCHES, layout=gl.SliceLayout(0, STATE))
     state_r = gl.arange(0, R, layout=gl.SliceLayout(1, STATE))
-    top = gl.full([R, 8], float("-inf"), gl.float32, STATE)
-    state = (top, gl.zeros([R, 8], gl.float32, STATE), gl.zeros([R, 8, HEAD_DIM], gl.float32, ACC))
-    # The new keys and values, rounded as later passes will read them, are the first warp's.
+    top = gl.full([R, STRETCHES], float("-inf"), gl.float32, STATE)
+    state = (top, gl.zeros([R, STRETCHES], gl.float32, STATE), gl.zeros([R, STRETCHES, HEAD_DIM], gl.float32, ACC))
+    # The new keys and values, rounded as later passes will read them, are the first stretch's.
     for new in gl.static_range(QUERIES):
         key = _turned(new_keys[new], column, k_norms, k_pair_norms, eps, NORM, HEAD_DIM)
         key = _rounded(key, cache.dtype.element_ty)
@@ -199,8 +200,8 @@ def attend(
         gl.store(place, key, mask=writes)
         gl.store(place + half_cache, value, mask=writes)
         score = gl.convert_layout(gl.sum(query * key.to(gl.float32), axis=1) * scale_log2, gl.SliceLayout(1, STATE))
-        seen = (state_r // HEADS >= new)[:, None] & (warp == 0)[None, :]
-        score = gl.where(seen, score[:, None] + gl.zeros([R, 8], gl.float32, STATE), float("-inf"))
+        seen = (state_r // HEADS >= new)[:, None] & (stretch == 0)[None, :]
+        score = gl.where(seen, score[:, None] + gl.zeros([R, STRETCHES], gl.float32, STATE), float("-inf"))
         state = _merged(state, score, gl.sum(value.to(gl.float32), axis=0), R, LAYOUT)
     top, total, acc = _far(
         state, tile0, tile1, query, cache, half_cache, places, length, kv_head, scale_log2,

@@ -63,9 +63,10 @@ def await_words(words):
         .reg .pred unset, some;
         .reg .b16 seen;
         mov.b32 $0, 0;
+        setp.eq.u32 unset, 0, 0;
         CHECK:
-        ld.relaxed.gpu.global.u16 seen, [$1];
-        setp.eq.u16 unset, seen, 0xffff;
+        @unset ld.relaxed.gpu.global.u16 seen, [$1];
+        @unset setp.eq.u16 unset, seen, 0xffff;
         vote.sync.any.pred some, unset, 0xffffffff;
         @some bra.uni CHECK;
         bar.warp.sync 0xffffffff;

@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from smc_plugin.kernels.whole_pass.attention import attend, await_new, find_places
+from smc_plugin.kernels.whole_pass.attention import STRETCHES, attend, attention_layout, await_new, find_places, load_tile
 from smc_plugin.kernels.whole_pass.exchange import (
     SUM,
     as_floats,
@@ -212,22 +212,26 @@ def _compute(
         HIDDEN, ROWS, PROGRAMS,
     )  # fmt: skip
     length = 0
-    places = gl.allocate_shared_memory(gl.int32, [TILES, 8 * TOKENS], LINE)
+    places = gl.allocate_shared_memory(gl.int32, [TILES, STRETCHES * TOKENS], LINE)
     if has_task:
-        length = gl.minimum(gl.load(start + sequence).to(gl.int32) + offset, TILES * 8 * TOKENS)
-        find_places(places, block_table + sequence * table_stride, length, PAGE_SIZE, 8 * TOKENS)
+        length = gl.minimum(gl.load(start + sequence).to(gl.int32) + offset, TILES * STRETCHES * TOKENS)
+        find_places(places, block_table + sequence * table_stride, length, PAGE_SIZE, STRETCHES * TOKENS)
     stage = 0
+    LAYOUT: gl.constexpr = attention_layout(HEADS * QUERIES, HEAD_DIM)
     for layer in range(num_layers):
+        # Pages need nothing of this pass, and all programs ask for theirs: the earlier, the less they wait together.
+        pages = cache + gl.to_tensor(layer).to(gl.int64) * layer_cache
+        tile0 = load_tile(pages, half_cache, places, 0, length, kv_head, KV_HEADS, HEAD_DIM, TILES, TOKENS, LAYOUT)
+        tile1 = load_tile(pages, half_cache, places, 1, length, kv_head, KV_HEADS, HEAD_DIM, TILES, TOKENS, LAYOUT)
         stage = _qkv(
             block, as_floats(block + SQUARES), block + NEW, ring, full, empty, stage, program, qkv_units,
             qkv_scales + layer * QKV, biases + layer * QKV, eps,
             HIDDEN, NARROW, QKV, TILE_PARTS, ROWS, PROGRAMS, BIAS, SCALED, VECTORS, ELEMENTS, STAGES,
         )  # fmt: skip
         if has_task:
-            pages = cache + gl.to_tensor(layer).to(gl.int64) * layer_cache
             await_new(block + NEW, sequence, kv_head, part, QUERIES, HEADS, GROUP, KV_HEADS, HEAD_DIM)
             attend(
-                sequence, kv_head, part, block + NEW, pages, half_cache, places, length, cos, sin, slots,
+                sequence, kv_head, part, block + NEW, pages, half_cache, places, length, tile0, tile1, cos, sin, slots,
                 q_norms + layer * HEAD_DIM, k_norms + layer * HEAD_DIM, block + ATTENDED, scale_log2, eps,
                 NORM, QUERIES, HEADS, GROUP, KV_HEADS, HEAD_DIM, TILES, TOKENS, ROWS,
             )  # fmt: skip

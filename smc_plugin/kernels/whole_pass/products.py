@@ -29,6 +29,7 @@ _LEFT = gl.constexpr(gl.DotOperandLayout(0, gl.NVMMADistributedLayout([2, 0], [8
 _RIGHT = gl.constexpr(gl.DotOperandLayout(1, gl.NVMMADistributedLayout([2, 0], [8, 1, 1], [1, 16, 8]), 8))
 # The warps' sums side by side in a thread; their total is in exchange.SUM.
 _SUMS = gl.constexpr(gl.BlockedLayout([8, 1, 1], [1, 4, 8], [1, 8, 1], [2, 1, 0]))
+_LEAD = gl.constexpr(4)  # stretches multiplied while those waited for are on their way
 LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 _TILE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [5, 4, 3, 2, 1, 0]))
 
@@ -201,6 +202,12 @@ def _await_input(x, IS_ATTENTION: gl.constexpr, INNER: gl.constexpr, ROWS: gl.co
         await_words(x + place_of(ROWS - 1, last_units(INNER // 8, PROGRAMS) * 8 + 7, ROWS))
 
 
+@gluon.constexpr_function
+def _asked(chunk, ahead, late, wait, chunks):
+    """How many stretches of x have been asked for when `chunk` is multiplied; those from `late` on not before `wait`."""
+    return 0 if chunk < 0 else min(chunk + ahead, chunks if chunk >= wait else late)
+
+
 @gluon.jit
 def add_product(
     x, ring, full, empty, stage, program, own_units, scale, norm, normed, squares, residual, peers, inbox, rank,
@@ -211,6 +218,10 @@ def add_product(
     """The residual plus x @ w, summed over the ranks, for this program's columns; see publish."""
     CHUNKS: gl.constexpr = (INNER + DEPTH - 1) // DEPTH
     AHEAD: gl.constexpr = 65536 // (DEPTH * (8 if ROWS <= 8 else 16))  # stretches of x on their way: 128 registers
+    # What down multiplies is mostly there: the programs made it turn by turn. Only stretches of their last turn are waited for,
+    # and only when those before are nearly used up.
+    LATE: gl.constexpr = 0 if IS_ATTENTION else (INNER // 8 - 1) // PROGRAMS * PROGRAMS * 8 // DEPTH
+    WAIT: gl.constexpr = max(LATE - _LEAD, 0)
     row = gl.arange(0, 16, layout=gl.SliceLayout(1, SUM))
     for turn in range(own_units):
         unit = turn * PROGRAMS + program
@@ -221,15 +232,19 @@ def add_product(
         old1 = gl.load(residual + place + 8, mask=inside, other=0.0, cache_modifier=".cg").to(gl.float32)
         acc0 = gl.zeros([8, 16, 8], gl.float32, MMA)
         acc1 = gl.zeros([8, 16, 8], gl.float32, MMA)
-        _await_input(x, IS_ATTENTION, INNER, ROWS, QUERIES, TASKS, PROGRAMS)
         ahead = ()
-        for chunk in gl.static_range(min(CHUNKS, AHEAD)):
-            ahead = ahead + (_rows(x, chunk, INNER, DEPTH, ROWS),)
-        # Answers come in the order of the questions: what may be far is asked for last.
-        norms = gl.load(norm + column), gl.load(norm + column + 8)
-        if SCALED:
-            scale0, scale1 = gl.load(scale + column)[None, :], gl.load(scale + column + 8)[None, :]
         for chunk in gl.static_range(CHUNKS):
+            if chunk == WAIT:
+                _await_input(x, IS_ATTENTION, INNER, ROWS, QUERIES, TASKS, PROGRAMS)
+            for asked in gl.static_range(
+                _asked(chunk - 1, AHEAD, LATE, WAIT, CHUNKS), _asked(chunk, AHEAD, LATE, WAIT, CHUNKS)
+            ):
+                ahead = ahead + (_rows(x, asked, INNER, DEPTH, ROWS),)
+            if chunk == 0:
+                # Answers come in the order of the questions: what may be far is asked for last.
+                norms = gl.load(norm + column), gl.load(norm + column + 8)
+                if SCALED:
+                    scale0, scale1 = gl.load(scale + column)[None, :], gl.load(scale + column + 8)[None, :]
             weights = await_stage(ring, full, stage, ELEMENTS, STAGES)
             w0 = weight_operand(weights, 0, DEPTH, VECTORS)
             w1 = weight_operand(weights, 1, DEPTH, VECTORS)
@@ -237,10 +252,7 @@ def add_product(
             rows = _settled_rows(ahead[0], x, chunk, DEPTH, ROWS)
             acc0 = mma_v2(rows, w0, acc0)
             acc1 = mma_v2(rows, w1, acc1)
-            if chunk + AHEAD < CHUNKS:
-                ahead = ahead[1:] + (_rows(x, chunk + AHEAD, INNER, DEPTH, ROWS),)
-            else:
-                ahead = ahead[1:]
+            ahead = ahead[1:]
             stage += 1
         sum0, sum1 = sum_of_warps(acc0), sum_of_warps(acc1)
         if SCALED:

@@ -14,6 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from smc_plugin.kernels.launch import Gpu, cdiv, gpu_of, is_recording, launch, next_power_of_2, refuse_first_in_capture
 from smc_plugin.kernels.rope import AttentionContext
+from smc_plugin.kernels.whole_pass.attention import STRETCHES
 from smc_plugin.kernels.whole_pass.kernel import whole_pass_kernel
 from smc_plugin.kernels.whole_pass.products import LINE_ELEMENTS
 from smc_plugin.kernels.whole_pass.shape import DecoderShape
@@ -23,9 +24,9 @@ MAX_ROWS = 16
 MAX_CONTEXT = 1024  # tokens; beyond, prompts that sequences share are better read once for all of them
 _MAX_STAGES, _MIN_STAGES = 13, 4  # of the ring; more than 13 fit no GPU, fewer than 4 leave nothing ahead
 _FLYING = 2  # stages under way at a time
-_TOKENS = 16  # of a warp's turn in attention
+_TOKENS = 4  # of a stretch's turn in attention
 # Of MAX_CONTEXT whatever a pass's own bound is, so that one kernel serves all of them: a tile costs 512 bytes.
-_TILES = next_power_of_2(cdiv(MAX_CONTEXT, 8 * _TOKENS))
+_TILES = next_power_of_2(cdiv(MAX_CONTEXT, STRETCHES.value * _TOKENS))
 _MAX_QUERIES = 2
 _STATE_WORDS = 2  # which side is next, and how many programs have left
 
@@ -49,7 +50,7 @@ def shared_bytes(shape: DecoderShape, batch: int, queries: int, programs: int, s
     """
     heads = _heads_per_program(batch, shape.num_kv_heads, shape.group, programs)
     barriers = 2 * 8 * stages + 8 * (stages % 2)  # full and empty; each begins at 16 bytes
-    places = 4 * _TILES * 8 * _TOKENS
+    places = 4 * _TILES * STRETCHES.value * _TOKENS
     # Sums over the warps: of a product's [16, 8], and of attention's [heads, head_dim], never both at once; float32.
     sums = max(16 * 8, heads * queries * shape.head_dim) * 8 * 4
     return stages * STAGE_BYTES + barriers + places + sums + 4  # 4: what the copying warp is told to do
