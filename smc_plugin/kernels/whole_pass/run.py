@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from smc_plugin.kernels.launch import Gpu, cdiv, gpu_of, launch, next_power_of_2
+from smc_plugin.kernels.peers import Peers
 from smc_plugin.kernels.rope import AttentionContext
 from smc_plugin.kernels.whole_pass.kernel import whole_pass_kernel
 from smc_plugin.kernels.whole_pass.products import LINE_ELEMENTS
@@ -33,17 +33,6 @@ def _heads_per_program(batch: int, kv_heads: int, group: int, programs: int) -> 
     while heads % 2 == 0 and batch * kv_heads * (group // heads) * 2 <= programs:
         heads //= 2
     return heads
-
-
-class Peers(Protocol):
-    """What a pass needs of the ranks; see smc_engines.parallel.ranks.Ranks."""
-
-    rank: int
-    size: int
-
-    def share_words(self, count: int) -> Tensor:
-        """See Ranks."""
-        ...
 
 
 class WholePass:
