@@ -44,9 +44,7 @@ class RankSums:
         self._add_and_norm = add_and_norm
         timings = {rows: self._time(rows, width, device) for rows in TIMED_ROWS}
         self.timings: dict[int, dict[Choice, float]] = ranks.gather_objects(timings)[0]
-        self.choices = {
-            rows: min(times, key=lambda way, times=times: times[way]) for rows, times in self.timings.items()
-        }
+        self.choices: dict[int, Choice] = {rows: _fastest(times) for rows, times in self.timings.items()}
 
     def _time(self, rows: int, width: int, device: torch.device) -> dict[Choice, float]:
         from smc_engines.parallel.nccl import graph_us  # noqa: PLC0415 - needs CUDA
@@ -75,6 +73,11 @@ class RankSums:
         return self._fused[way](x, residual, weight, eps)
 
 
+def _fastest(times: dict[Choice, float]) -> Choice:
+    ways: list[Choice] = sorted(times, key=times.__getitem__)
+    return ways[0]
+
+
 def make_sums(ranks: Ranks | None, width: int, device: torch.device) -> RankSums | None:
     """Sums of rows of this width; None where the ranks share no memory, or no kernel suits."""
     if ranks is None or not ranks.shares_memory:
@@ -83,5 +86,7 @@ def make_sums(ranks: Ranks | None, width: int, device: torch.device) -> RankSums
     from smc_plugin.kernels.rank_sum import WAYS, RankSum  # noqa: PLC0415
 
     gpu = gpu_of(device)
-    fused = {way: RankSum(ranks, width, way, device) for way in WAYS if RankSum.suits(width, ranks.size, way, gpu)}
+    fused: dict[Way, RankSum] = {
+        way: RankSum(ranks, width, way, device) for way in WAYS if RankSum.suits(width, ranks.size, way, gpu)
+    }
     return RankSums(ranks, width, fused, device) if fused else None
