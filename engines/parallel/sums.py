@@ -56,7 +56,10 @@ class RankSums:
 
     def choice(self, rows: int) -> Choice:
         """The way that rows go."""
-        return next((way for most, way in self.choices.items() if rows <= most), "steps")
+        for most, way in self.choices.items():
+            if rows <= most:
+                return way
+        return "steps"
 
     def takes(self, rows: int) -> bool:
         """Whether one kernel is the fastest for so many rows."""
@@ -74,8 +77,7 @@ class RankSums:
 
 
 def _fastest(times: dict[Choice, float]) -> Choice:
-    ways: list[Choice] = sorted(times, key=times.__getitem__)
-    return ways[0]
+    return min(times, key=times.__getitem__)
 
 
 def make_sums(ranks: Ranks | None, width: int, device: torch.device) -> RankSums | None:
