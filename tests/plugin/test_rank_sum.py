@@ -128,7 +128,7 @@ class Machine:
         order = np.random.default_rng().permutation(places.size)
         for some in np.array_split(order, random.choice((1, 3))):
             self._memory.halves[places.reshape(-1)[some]] = halves.reshape(-1)[some]
-            time.sleep(random.choice((0, 0, 0, 1e-5)))
+            time.sleep(random.choices((0, 1e-5, 3e-3), (80, 18, 2))[0])
 
     def _await(self, at: Value, count: int, stride: int) -> tuple[Value, ...]:
         began = time.monotonic()
