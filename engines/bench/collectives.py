@@ -57,10 +57,8 @@ def of_round(engine: Engine, case: Case) -> tuple[Collective, ...]:
             sequences, queries, case.point.prompt_tokens + case.point.output_tokens
         )
         if config.is_shard and count and not in_one_launch:
-            rows, last = sequences * queries, config.num_layers - 1
-            sums: Counter[Kind] = Counter()
-            for region, calls in (("feed_forward", last + 1), ("next_qkv", last), ("final", 1)):
-                sums["rank_sum" if model.regions.sums_ranks(region, rows) else "all_reduce"] += count * calls
+            rows = sequences * queries
+            sums = sums_of_pass(model, rows, count)
             found.extend(Collective(kind, rows, config.hidden_size, dtype, calls) for kind, calls in sums.items())
 
     if engine.draft is not None and k:
@@ -74,6 +72,14 @@ def of_round(engine: Engine, case: Case) -> tuple[Collective, ...]:
         found.append(Collective("all_gather", sequences * (k + 1), NUM_STATS, "float32", 1))
         found.append(Collective("all_gather", sequences, NUM_STATS, "float32", 1))
     return tuple(found)
+
+
+def sums_of_pass(model: PagedModel, rows: int, passes: int) -> Counter[Kind]:
+    """How many sums over the ranks passes of so many rows make, and of which kind."""
+    layers, sums = model.config.num_layers, Counter[Kind]()
+    for region, calls in (("feed_forward", layers), ("next_qkv", layers - 1), ("final", 1)):
+        sums["rank_sum" if model.regions.sums_ranks(region, rows) else "all_reduce"] += passes * calls
+    return sums
 
 
 def round_us(engine: Engine, case: Case) -> float:

@@ -7,6 +7,7 @@ numbers of rows; rank 0's clock decides for all. Example: 72 rows go the way tha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -23,39 +24,38 @@ _EPS = 1e-5
 
 
 class RankSums:
-    """Sums of bfloat16 rows of one width.
+    """Sums of bfloat16 rows of one width; in steps until `choose` is called.
 
     Args:
-        ranks: all of them, on GPUs that share memory; every rank makes this at the same time.
-        width: columns of a row.
+        ranks: all of them.
         fused: the kernels, by their way.
-        device: this rank's GPU.
 
     Attributes:
         timings: rows to microseconds of each way.
         choices: rows to the fastest way, up to that many rows.
     """
 
-    def __init__(self, ranks: Ranks, width: int, fused: dict[Way, RankSum], device: torch.device) -> None:
+    def __init__(self, ranks: Ranks, fused: Mapping[Way, RankSum]) -> None:
         from smc_plugin.kernels.residual_norm import add_and_norm  # noqa: PLC0415 - importing it needs triton
 
         self._ranks = ranks
         self._fused = fused
         self._add_and_norm = add_and_norm
-        timings = {rows: self._time(rows, width, device) for rows in TIMED_ROWS}
-        self.timings: dict[int, dict[Choice, float]] = ranks.gather_objects(timings)[0]
-        self.choices: dict[int, Choice] = {rows: _fastest(times) for rows, times in self.timings.items()}
+        self.timings: dict[int, dict[Choice, float]] = {}
+        self.choices: dict[int, Choice] = {}
 
-    def _time(self, rows: int, width: int, device: torch.device) -> dict[Choice, float]:
-        from smc_engines.parallel.nccl import graph_us  # noqa: PLC0415 - needs CUDA
+    @property
+    def ways(self) -> tuple[Choice, ...]:
+        """All that there are."""
+        return ("steps", *self._fused)
 
-        x, residual = (torch.zeros((rows, width), dtype=torch.bfloat16, device=device) for _ in range(2))
-        weight = torch.ones(width, dtype=torch.bfloat16, device=device)
-        ways: tuple[Choice, ...] = ("steps", *self._fused)
-        return {way: graph_us(lambda way=way: self.run(way, x, residual, weight, _EPS)) for way in ways}
+    def choose(self, timings: Mapping[int, dict[Choice, float]]) -> None:
+        """Take the fastest way from now on; the same timings on every rank."""
+        self.timings = dict(timings)
+        self.choices = {rows: _fastest(times) for rows, times in sorted(timings.items())}
 
     def choice(self, rows: int) -> Choice:
-        """The way that rows go."""
+        """The way that rows go: the fastest at the next number of rows that was timed."""
         for most, way in self.choices.items():
             if rows <= most:
                 return way
@@ -80,15 +80,31 @@ def _fastest(times: dict[Choice, float]) -> Choice:
     return min(times, key=times.__getitem__)
 
 
+def _time(sums: RankSums, rows: int, width: int, device: torch.device) -> dict[Choice, float]:
+    from smc_engines.parallel.nccl import graph_us  # noqa: PLC0415 - needs CUDA
+
+    x, residual = (torch.zeros((rows, width), dtype=torch.bfloat16, device=device) for _ in range(2))
+    weight = torch.ones(width, dtype=torch.bfloat16, device=device)
+    return {way: graph_us(lambda way=way: sums.run(way, x, residual, weight, _EPS)) for way in sums.ways}
+
+
 def make_sums(ranks: Ranks | None, width: int, device: torch.device) -> RankSums | None:
-    """Sums of rows of this width; None where the ranks share no memory, or no kernel suits."""
+    """Sums of rows of this width, each number of rows in the fastest way; every rank calls this together.
+
+    Returns:
+        None where the ranks share no memory, or no kernel suits.
+    """
     if ranks is None or not ranks.shares_memory:
         return None
     from smc_plugin.kernels.launch import gpu_of  # noqa: PLC0415 - importing it needs triton
     from smc_plugin.kernels.rank_sum import WAYS, RankSum  # noqa: PLC0415
 
     gpu = gpu_of(device)
-    fused: dict[Way, RankSum] = {
-        way: RankSum(ranks, width, way, device) for way in WAYS if RankSum.suits(width, ranks.size, way, gpu)
-    }
-    return RankSums(ranks, width, fused, device) if fused else None
+    suited = [way for way in WAYS if RankSum.suits(width, ranks.size, way, gpu)]
+    if not suited:
+        return None
+    fused: dict[Way, RankSum] = {way: RankSum(ranks, width, way, device) for way in suited}
+    sums = RankSums(ranks, fused)
+    timings = {rows: _time(sums, rows, width, device) for rows in TIMED_ROWS}
+    sums.choose(ranks.gather_objects(timings)[0])
+    return sums

@@ -7,9 +7,11 @@ ranks are late at random. What only a GPU can show is tested in tests/gpu/test_p
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -20,9 +22,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from smc_build.presets import PRESETS
+from smc_build.sharding import bind_head, rank_config
+from smc_build.weights import weight_shapes
+from smc_engines.bench.collectives import sums_of_pass
+from smc_engines.fused_regions import FusedRegions
+from smc_engines.model import PagedModel
+from smc_engines.parallel.sums import Choice, RankSums, make_sums
+from smc_plugin.backend import triton_kernels
 from smc_plugin.kernels import launch
 from smc_plugin.kernels.compile import compile_recorded
-from smc_plugin.kernels.launch import Gpu
+from smc_plugin.kernels.launch import Gpu, Recorded
 from smc_plugin.kernels.rank_sum import MAX_ROWS, WAYS, RankSum, Way, kernel
 from smc_plugin.kernels.rank_sum.run import _turns
 from smc_plugin.reference.residual_norm import add_and_norm
@@ -35,11 +45,20 @@ class Value(np.ndarray):
     """What a program's threads hold."""
 
     def to(self, dtype: type, bitcast: bool = False) -> Value:
-        return self.view(dtype) if bitcast else self.astype(dtype)
+        return self.view(dtype) if bitcast else value(self, dtype)
 
 
 def value(x: Any, dtype: type | None = None) -> Value:
     return np.asarray(x, dtype).view(Value)
+
+
+@dataclass
+class SomePeers:
+    """A rank that shares memory by a function."""
+
+    rank: int
+    size: int
+    share_words: Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -133,7 +152,7 @@ class Machine:
     def _await(self, at: Value, count: int, stride: int) -> tuple[Value, ...]:
         began = time.monotonic()
         while True:
-            found = [word for vector in range(count) for word in self._load(at + vector * stride)]
+            found = [word for vector in range(count) for word in self._load(value(at + vector * stride))]
             if not any((word.view(np.uint16) == 0xFFFF).any() for word in found):
                 return tuple(found)
             if self.failed or time.monotonic() - began > DEADLINE_S:
@@ -176,9 +195,7 @@ class Ranks:
             return torch.zeros(size, dtype=torch.int64, device="meta")
 
         cpu = torch.device("cpu")
-        self._sums = [
-            RankSum(SimpleNamespace(rank=rank, size=size, share_words=share), width, way, cpu) for rank in range(size)
-        ]
+        self._sums = [RankSum(SomePeers(rank, size, share), width, way, cpu) for rank in range(size)]
         addresses = torch.tensor([inbox.address for inbox in inboxes])
         self._inboxes = [self._memory.place(addresses) for _ in range(size)]
         self._calls = [self._memory.place(torch.zeros(MAX_ROWS, dtype=torch.int32)) for _ in range(size)]
@@ -303,7 +320,7 @@ def test_the_kernel_compiles_for_hopper(size: int, width: int, way: Way) -> None
     def meta(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 
-    ranks = SimpleNamespace(rank=0, size=size, share_words=lambda count: meta(size).long())
+    ranks = SomePeers(0, size, lambda count: meta(size).long())
     sums = RankSum(ranks, width, way, torch.device("meta"))
     with launch.recording() as recorded:
         sums(meta(72, width), meta(72, width), meta(width), EPS)
@@ -315,3 +332,64 @@ def test_the_kernel_compiles_for_hopper(size: int, width: int, way: Way) -> None
     )
     assert compiled.ptx.index("ld.global.cg.v4") < wait  # the norm's weights do not depend on what runs before
     assert "ld.relaxed.sys.global.v4" in compiled.ptx
+
+
+@dataclass
+class MetaRanks:
+    """Two ranks on no device, that note sums."""
+
+    rank: int = 0
+    size: int = 2
+    shares_memory: bool = True
+    sums: int = 0
+
+    def share_words(self, count: int) -> Tensor:
+        return torch.zeros(self.size, dtype=torch.int64, device="meta")
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        self.sums += 1
+        return x
+
+
+@pytest.mark.parametrize("way", ["steps", *WAYS])
+def test_a_pass_sums_the_way_that_was_fastest(way: Choice) -> None:
+    """18 rows go the way of the next number of rows that was timed; more than were timed go in steps."""
+    ranks: Any = MetaRanks()
+    layers, device = 3, torch.device("meta")
+    config = rank_config(dataclasses.replace(PRESETS["llama-1b"].config, num_layers=layers), ranks.size)
+    weights = {
+        name: torch.empty(size, dtype=torch.bfloat16, device=device) for name, size in weight_shapes(config).items()
+    }
+    weights = bind_head(weights, config, 0)
+    sums = RankSums(ranks, {each: RankSum(ranks, config.hidden_size, each, device) for each in WAYS})
+    timings: dict[int, dict[Choice, float]] = {8: {"steps": 1.0, "one_shot": 2.0, "two_shot": 3.0}, 32: {}}
+    timings[32] = {each: 1.0 if each == way else 2.0 for each in sums.ways}
+    sums.choose(timings)
+    regions = FusedRegions(config, weights, sums=sums)
+    model = PagedModel(config, weights, 512, 16, regions, triton_kernels(), ranks=ranks)
+
+    def run(sequences: int) -> tuple[int, list[Recorded]]:
+        tokens = torch.zeros((sequences, 9), dtype=torch.int64, device=device)
+        start, table = tokens[:, 0], torch.zeros((sequences, 64), dtype=torch.int32, device=device)
+        before = ranks.sums
+        with launch.recording() as recorded:
+            model.forward(tokens, start, table, 100)
+        return ranks.sums - before, recorded
+
+    for sequences, takes in ((2, way != "steps"), (4, False)):
+        separate, recorded = run(sequences)
+        names = Counter(one.kernel.__name__ for one in recorded)
+        assert (separate, names["_add_norm_kernel"]) == ((0, 0) if takes else (2 * layers, 2 * layers))
+        assert names["rank_sum_norm_kernel"] == 2 * layers - separate
+        fused = [one.arguments for one in recorded if one.kernel.__name__ == "rank_sum_norm_kernel"]
+        assert all(one["TWO_SHOT"] == (way == "two_shot") for one in fused)
+        kinds = {"rank_sum": 2 * layers} if takes else {"all_reduce": 2 * layers}
+        found = sums_of_pass(model, 9 * sequences, 1)
+        assert {kind: count for kind, count in found.items() if count} == kinds
+
+
+def test_processes_without_common_memory_have_no_kernel_for_sums() -> None:
+    ranks: Any = MetaRanks(shares_memory=False)
+    assert make_sums(None, 4096, torch.device("cpu")) is None
+    assert make_sums(ranks, 4096, torch.device("cpu")) is None
+    assert make_sums(MetaRanks(), 4100, torch.device("cpu")) is None  # type: ignore[arg-type]
