@@ -100,7 +100,7 @@ def make_sums(ranks: Ranks | None, width: int, device: torch.device) -> RankSums
     from smc_plugin.kernels.rank_sum import WAYS, RankSum  # noqa: PLC0415
 
     gpu = gpu_of(device)
-    suited = [way for way in WAYS if RankSum.suits(width, ranks.size, way, gpu)]
+    suited: list[Way] = [way for way in WAYS if RankSum.suits(width, ranks.size, way, gpu)]
     if not suited:
         return None
     fused: dict[Way, RankSum] = {way: RankSum(ranks, width, way, device) for way in suited}

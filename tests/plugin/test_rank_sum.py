@@ -45,7 +45,7 @@ class Value(np.ndarray):
     """What a program's threads hold."""
 
     def to(self, dtype: type, bitcast: bool = False) -> Value:
-        return self.view(dtype) if bitcast else value(self, dtype)
+        return value(self.view(dtype)) if bitcast else value(self, dtype)
 
 
 def value(x: Any, dtype: type | None = None) -> Value:
@@ -58,7 +58,10 @@ class SomePeers:
 
     rank: int
     size: int
-    share_words: Callable[[int], Tensor]
+    share: Callable[[int], Tensor]
+
+    def share_words(self, count: int) -> Tensor:
+        return self.share(count)
 
 
 @dataclass(frozen=True)
