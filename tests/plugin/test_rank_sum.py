@@ -368,6 +368,7 @@ def test_a_pass_sums_the_way_that_was_fastest(way: Choice) -> None:
     timings: dict[int, dict[Choice, float]] = {8: {"steps": 1.0, "one_shot": 2.0, "two_shot": 3.0}, 32: {}}
     timings[32] = {each: 1.0 if each == way else 2.0 for each in sums.ways}
     sums.choose(timings)
+    assert [sums.choice(rows) for rows in (1, 8, 9, 32, 33)] == ["steps", "steps", way, way, "steps"]
     regions = FusedRegions(config, weights, sums=sums)
     model = PagedModel(config, weights, 512, 16, regions, triton_kernels(), ranks=ranks)
 
