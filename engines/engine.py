@@ -27,6 +27,7 @@ from smc_engines.parallel.ranks import Ranks, same_on_all, together
 from smc_engines.plan_runner import Scratch
 from smc_engines.region_choice import (
     choose_regions,
+    choose_sums,
     choose_whole_pass,
     takes_whole_passes,
     whole_pass_bytes,
@@ -157,6 +158,7 @@ class Engine:
         self.max_groups = config.max_groups or manifest.max_groups
         self.page_size = manifest.page_size
         together(ranks, "check its GPU", self._check_fp8)
+        self.sums = choose_sums(config.regions, manifest, self.device, config.kernels, ranks)
         self.num_pages = self._agree_on_pages()
 
         kernels = kernels_for(self.device, config.kernels)
@@ -164,7 +166,8 @@ class Engine:
 
         def model(role: Role, model_config: ModelConfig) -> PagedModel:
             own = weights(role, self.device, self.rank)
-            regions = choose_regions(config.regions, manifest, role, own, path, self.scratch)
+            sums = self.sums.get(model_config.hidden_size)
+            regions = choose_regions(config.regions, manifest, role, own, path, self.scratch, sums)
             kv_dtype = torch_dtype(self.precisions[role].kv)
             whole_pass = choose_whole_pass(config.regions, manifest, role, own, config.kernels, ranks)
             return PagedModel(

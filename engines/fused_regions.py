@@ -2,7 +2,7 @@
 
 A block is four launches: o, gate/up, down and the next qkv, each with the residual, norm, activation and bias around it.
 For a Llama-8B block at 8 rows these four read 436 MB of weights and little else. On a tensor-parallel rank a sum over the ranks
-follows o and down; residual and norm are then one more, small launch.
+follows o and down; the sum, residual and norm are then one more, small launch, or two where the sum is a launch of its own.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from smc_plugin.backend import triton_kernels
 from smc_plugin.tactic import Product, Tactic
 
 if TYPE_CHECKING:
+    from smc_engines.parallel.sums import RankSums
     from smc_plugin.kernels.matmul import Prenormed
 
 PRODUCTS = ("o", "gate_up", "down", "qkv", "head")
+# Regions that begin with a sum over the ranks, and the norm that follows it.
+_NORMS = {"feed_forward": "mlp_norm", "next_qkv": "next_attn_norm", "final": "final_norm"}
 
 
 def product_of(config: ModelConfig, name: str, rows: int, element_bytes: int, input_bytes: int) -> Product:
@@ -47,15 +50,23 @@ class FusedRegions:
         config: the decoder's shapes.
         weights: canonical names to tensors, contiguous, all on one device; matrices may be FP8, [columns, inner].
         tactics: how to cut products; what they do not name takes the default.
+        sums: makes the sums over ranks, where the model is one rank's part; None leaves them to the caller.
     Raises:
         ConfigError: the triton package is missing.
     """
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], tactics: ModelTactics | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        tactics: ModelTactics | None = None,
+        sums: RankSums | None = None,
+    ) -> None:
         triton_kernels()  # names the missing extra
         from smc_plugin.kernels import launch, matmul, residual_norm  # noqa: PLC0415 - importing them needs triton
 
         self._matmul = matmul
+        self._sums = sums if config.is_shard else None
         self._add_and_norm = residual_norm.add_and_norm
         self._eps = config.rms_eps
         self._config = config
@@ -83,6 +94,10 @@ class FusedRegions:
             fits = found is not None and found.rows == default.rows
             self._chosen[product, rows] = found if found is not None and fits else default
         return self._chosen[product, rows]
+
+    def sums_ranks(self, region: str, rows: int) -> bool:
+        """See RegionRunner."""
+        return self._sums is not None and region in _NORMS and self._sums.takes(rows)
 
     def run(self, region: str, layer: int | None, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute one region (see RegionRunner)."""
@@ -121,8 +136,12 @@ class FusedRegions:
         matmul, eps = self._matmul, self._eps
         if region == "attn_out":
             return {"partial": self._partial("o", activations["attn"], bound)}
-        norm = {"feed_forward": "mlp_norm", "next_qkv": "next_attn_norm", "final": "final_norm"}[region]
-        residual, normed = self._add_and_norm(activations["reduced"], activations["residual"], bound[norm], eps)
+        norm, residual = bound[_NORMS[region]], activations["residual"]
+        if "partial" in activations:
+            assert self._sums is not None
+            residual, normed = self._sums(activations["partial"], residual, norm, eps)
+        else:
+            residual, normed = self._add_and_norm(activations["reduced"], residual, norm, eps)
         rows = normed.shape[0]
         if region == "final":
             return {"hidden": normed}

@@ -113,23 +113,27 @@ class PagedModel:
         if self._ranks is None:
             out = self._run("block", layer, attn=attn, residual=residual)
         else:
-            reduced, residual = self._feed_forward(layer, attn, residual)
-            out = self._run("next_qkv", layer, reduced=reduced, residual=residual)
+            out = self._run_summed("next_qkv", layer, **self._feed_forward(layer, attn, residual))
         return out["qkv"], out["residual"]
 
     def _exit(self, attn: Tensor, residual: Tensor) -> Tensor:
         """From the last attention call to the final norm."""
         if self._ranks is None:
             return self._run("exit", attn=attn, residual=residual)["hidden"]
-        reduced, residual = self._feed_forward(self.config.num_layers - 1, attn, residual)
-        return self._run("final", reduced=reduced, residual=residual)["hidden"]
+        last = self.config.num_layers - 1
+        return self._run_summed("final", None, **self._feed_forward(last, attn, residual))["hidden"]
 
-    def _feed_forward(self, layer: int, attn: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The two products of a layer whose sums run over the ranks; the second sum is not yet in the residual."""
+    def _feed_forward(self, layer: int, attn: Tensor, residual: Tensor) -> dict[str, Tensor]:
+        """The two products of a layer whose sums run over the ranks: `residual`, and `partial`, what is not yet summed."""
+        partial = self._run("attn_out", layer, attn=attn)["partial"]
+        return self._run_summed("feed_forward", layer, partial=partial, residual=residual)
+
+    def _run_summed(self, region: str, layer: int | None, partial: Tensor, residual: Tensor) -> dict[str, Tensor]:
+        """Run a region that begins with a sum over the ranks."""
         assert self._ranks is not None
-        reduced = self._ranks.all_reduce(self._run("attn_out", layer, attn=attn)["partial"])
-        out = self._run("feed_forward", layer, reduced=reduced, residual=residual)
-        return self._ranks.all_reduce(out["partial"]), out["residual"]
+        if self.regions.sums_ranks(region, partial.shape[0]):
+            return self._run(region, layer, partial=partial, residual=residual)
+        return self._run(region, layer, reduced=self._ranks.all_reduce(partial), residual=residual)
 
     def _attend(self, layer: int, qkv: Tensor, context: Any) -> Tensor:
         return self.kernels.attention.attend(

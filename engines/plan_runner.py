@@ -149,6 +149,10 @@ class PlanRegions:
         self.execute(region, layer, bucket, padded, outputs)
         return {name: tensor[:rows] for name, tensor in outputs.items()}
 
+    def sums_ranks(self, region: str, rows: int) -> bool:
+        """Never; see RegionRunner."""
+        return False
+
     def allocate_outputs(self, region: str, bucket: int) -> dict[str, Tensor]:
         """Allocate a region's outputs for one bucket, on the GPU, with whatever the memory holds."""
         return {

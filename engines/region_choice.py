@@ -30,6 +30,7 @@ from smc_build.plan import round_rows
 from smc_build.precision import Precision
 from smc_engines.fused_regions import FusedRegions
 from smc_engines.parallel.ranks import Ranks
+from smc_engines.parallel.sums import RankSums, make_sums
 from smc_engines.plan_runner import Scratch, load_plan_regions
 from smc_engines.regions import RegionRunner, SelectedRegions, TorchRegions
 from smc_engines.tactics import ModelTactics, Runner, tactics_of
@@ -50,6 +51,7 @@ def choose_regions(
     weights: Mapping[str, Tensor],
     path: Path | None = None,
     scratch: Scratch | None = None,
+    sums: RankSums | None = None,
 ) -> RegionRunner:
     """Make a model's region runner.
 
@@ -60,6 +62,7 @@ def choose_regions(
         weights: the model's, on the device that will compute.
         path: the engine directory that holds the plans, or None.
         scratch: what plan runners of one stream share, or None.
+        sums: makes the fused runner's sums over ranks, or None.
     Raises:
         EngineDirError: plans are wanted and there are none, or they do not run here.
         ConfigError: the fused kernels are wanted and triton is missing.
@@ -74,7 +77,7 @@ def choose_regions(
         otherwise: Runner = choice
     else:
         otherwise = "plans" if has_plans and (tactics is None or "plans" in wanted) else "fused"
-    runners = make_runners({*wanted, otherwise}, manifest, role, weights, tactics, path, scratch)
+    runners = make_runners({*wanted, otherwise}, manifest, role, weights, tactics, path, scratch, sums)
 
     def select(region: str, rows: int) -> Runner:
         timed = tactics.runner(region, rows) if tactics is not None and choice == "auto" else None
@@ -82,6 +85,25 @@ def choose_regions(
         return "torch" if name == "fused" and rows > MAX_FUSED_ROWS else name
 
     return SelectedRegions(runners, select)
+
+
+def choose_sums(
+    choice: RegionChoice, manifest: Manifest, device: torch.device, kernels: str = "auto", ranks: Ranks | None = None
+) -> dict[int, RankSums]:
+    """Who sums over the ranks for the fused runners of an engine, by the width of rows; every rank calls this together.
+
+    Args:
+        choice, manifest: see choose_regions.
+        kernels: the executor's choice of kernels.
+        ranks: None where the engine has one rank.
+    """
+    if choice not in ("auto", "fused") or kernels == "reference":
+        return {}
+    entries = [entry for entry in (manifest.target, manifest.draft) if entry is not None]
+    shards = [entry for entry in entries if entry.rank_config.is_shard and entry.precision.activations == "bfloat16"]
+    widths = dict.fromkeys(entry.rank_config.hidden_size for entry in shards)
+    made = {width: make_sums(ranks, width, device) for width in widths}
+    return {width: sums for width, sums in made.items() if sums is not None}
 
 
 def takes_whole_passes(
@@ -180,12 +202,13 @@ def make_runners(
     tactics: ModelTactics | None,
     path: Path | None,
     scratch: Scratch | None,
+    sums: RankSums | None = None,
 ) -> dict[Runner, RegionRunner]:
     """The wanted runners and torch, by name; see choose_regions."""
     config = manifest.model(role).rank_config
     runners: dict[Runner, RegionRunner] = {"torch": TorchRegions(config, weights)}
     if "fused" in wanted:
-        runners["fused"] = FusedRegions(config, weights, tactics)
+        runners["fused"] = FusedRegions(config, weights, tactics, sums)
     if "plans" in wanted:
         plans = None if path is None else load_plan_regions(path, manifest, role, weights, scratch)
         if plans is None:

@@ -36,6 +36,11 @@ class RegionRunner(Protocol):
         """
         ...
 
+    def sums_ranks(self, region: str, rows: int) -> bool:
+        """Whether a region that begins with a sum over the ranks makes it itself: `run` then takes this rank's part of it,
+        `partial`, in place of the sum, `reduced`."""
+        ...
+
 
 def bind_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[tuple[str, int | None], dict[str, Tensor]]:
     """Find the weight inputs of every region and layer.
@@ -78,6 +83,10 @@ class TorchRegions:
         """Compute one region (see RegionRunner)."""
         return self._specs[region].build(self._ops, {**self._bound[region, layer], **activations})
 
+    def sums_ranks(self, region: str, rows: int) -> bool:
+        """Never; see RegionRunner."""
+        return False
+
 
 def _widened(bound: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """FP8 matrices in the activations' type, which holds every FP8 value: a CPU is slow at converting in each product."""
@@ -100,3 +109,7 @@ class SelectedRegions(Generic[Name]):
         """Compute one region (see RegionRunner)."""
         rows = next(iter(activations.values())).shape[0]
         return self._runners[self._select(region, rows)].run(region, layer, activations)
+
+    def sums_ranks(self, region: str, rows: int) -> bool:
+        """Whether the selected runner does (see RegionRunner)."""
+        return self._runners[self._select(region, rows)].sums_ranks(region, rows)

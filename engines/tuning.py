@@ -78,7 +78,8 @@ def tune_engine(engine: Engine, rows: Mapping[Role, Sequence[int]] | None = None
     models: dict[Role, ModelTactics] = {}
     for role, model in engine.models.items():
         wanted: set[Runner] = {"fused", "plans"} if engine.plan_folder is not None else {"fused"}
-        runners = make_runners(wanted, manifest, role, model.weights, None, engine.plan_folder, engine.scratch)
+        sums = engine.sums.get(model.config.hidden_size)
+        runners = make_runners(wanted, manifest, role, model.weights, None, engine.plan_folder, engine.scratch, sums)
         # A draft's passes have one token a sequence, but for the first of a round; a score pass has K + 1.
         queries = manifest.max_draft_tokens + 1 if role == "target" else 1
         tuner = Tuner(model, runners, queries, lambda text, role=role: say(f"{role}: {text}"))
@@ -91,8 +92,9 @@ def tune_engine(engine: Engine, rows: Mapping[Role, Sequence[int]] | None = None
     engine.manifest = dataclasses.replace(manifest, tactics=tactics)
     for role, model in engine.models.items():
         model.regions = choose_regions(
-            engine.config.regions, engine.manifest, role, model.weights, engine.plan_folder, engine.scratch
-        )
+            engine.config.regions, engine.manifest, role, model.weights, engine.plan_folder, engine.scratch,
+            engine.sums.get(model.config.hidden_size),
+        )  # fmt: skip
         options = engine.config.regions, engine.manifest, role, engine.device, engine.config.kernels, engine.ranks
         if not takes_whole_passes(*options):
             model.whole_pass = None

@@ -26,7 +26,7 @@ from smc_engines.bench.trace import Event
 _KIND_PATTERNS = (
     ("page copy", r"^_copy_kernel"),
     ("whole pass", r"^whole_pass_kernel"),
-    ("collective", r"nccl|one_shot|all_reduce|symm_mem"),
+    ("collective", r"nccl|one_shot|two_shot|all_reduce|symm_mem|^rank_sum"),
     (
         "bookkeeping",
         r"^_(open|ends|commit|inherit|close|take_pages|assign|shared|fork|release|weigh|round_end|summary|ancestors)_kernel",
@@ -144,7 +144,7 @@ def _heads(kinds: Sequence[str], begin: int, end: int) -> dict[int, str]:
 
 
 def _group(model: str, kind: str) -> str:
-    if kind in ("sampling", "bookkeeping", "page copy"):
+    if kind in ("sampling", "bookkeeping", "page copy", "collective"):
         return kind
     what = "whole passes" if kind == "whole pass" else "other"
     if kind in _PRODUCT_KINDS:

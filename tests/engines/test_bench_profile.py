@@ -73,6 +73,28 @@ def test_names_of_cublas_do_as_well(names: list[str]) -> None:
     assert found["draft products", ""] + found["target products", ""] == len(renamed) - len(names)
 
 
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "rank_sum_norm_kernel",
+        "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
+        "void c10d::symmetric_memory::two_shot_all_reduce_kernel_inplace<c10::BFloat16, 16, 4>(c10::BFloat16**)",
+    ],
+)
+def test_sums_over_ranks_are_a_group_of_their_own(names: list[str], kernel: str) -> None:
+    """Whichever kernel makes them; the products around them keep their places."""
+    attention = [index for index, name in enumerate(names) if name == "_attention_kernel"][-LAYERS:]
+    with_sums = []
+    for index, name in enumerate(names):
+        with_sums.append(name)
+        if index - 1 in attention:  # this is o
+            with_sums.append(kernel)
+    found = places(with_sums)
+    assert found["collective", ""] == LAYERS
+    for place in ("o", "gate_up", "down", "qkv"):
+        assert found["target products", place] == LAYERS
+
+
 def test_a_fused_layer_keeps_its_model(names: list[str]) -> None:
     """Three kernels a layer instead of four: no places, but the head still stands out by its time."""
     shapes, at = shapes_of(llama_engine(), llama_case()), 0

@@ -24,7 +24,11 @@ from smc_engines.outputs import RequestOutput
 from smc_engines.parallel.connect import connect, launched_rank
 from smc_engines.parallel.follower import follow
 from smc_engines.parallel.nccl import NcclRanks
+from smc_engines.parallel.sums import make_sums
 from smc_engines.sampling_params import SamplingParams
+from smc_plugin.kernels.launch import gpu_of
+from smc_plugin.kernels.rank_sum import WAYS, RankSum
+from smc_plugin.kernels.residual_norm import add_and_norm
 from tests.gpu.helpers import relative_error
 from tests.gpu.test_whole_pass import BF16, LLAMA, RAGGED, Pass
 from tests.tiny_models import make_checkpoint
@@ -108,6 +112,124 @@ class TestCollectives:
         assert len({str(each) for each in ranks.gather_objects((ranks.one_shot_bytes, ranks.timings))}) == 1
         if ranks.rank == 0:
             print(f"one-shot up to {ranks.one_shot_bytes} bytes; microseconds {ranks.timings}")
+
+
+WIDTHS = (4096, 8192, 256 * SIZE + 8 * SIZE)
+
+
+class TestRankSums:
+    """One kernel for a sum over ranks, the residual and its norm, against NCCL and a kernel for the rest."""
+
+    @pytest.fixture(scope="class", params=WAYS)
+    def kernels(self, ranks: NcclRanks, request: pytest.FixtureRequest) -> dict[int, RankSum]:
+        """A kernel of each width."""
+        device = torch.device("cuda", torch.cuda.current_device())
+        if not ranks.shares_memory:
+            pytest.skip("this machine maps no memory between processes")
+        if not RankSum.suits(4096, ranks.size, request.param, gpu_of(device)):
+            pytest.skip("no Hopper GPU")
+        return {width: RankSum(ranks, width, request.param, device) for width in WIDTHS}
+
+    @staticmethod
+    def inputs(
+        ranks: NcclRanks, rows: int, width: int, seed: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """This rank's part, and the residual and norm weight that all have."""
+        residual = values_of(1000 + seed, rows, width, torch.bfloat16)
+        return (
+            values_of(ranks.rank + 10 * seed, rows, width, torch.bfloat16),
+            *(residual, 1 + 0.1 * values_of(2000, 1, width, torch.bfloat16)[0]),
+        )
+
+    @staticmethod
+    def bits(*tensors: torch.Tensor) -> bytes:
+        return b"".join(one.view(torch.int16).cpu().numpy().tobytes() for one in tensors)
+
+    @pytest.mark.parametrize("width", WIDTHS)
+    @pytest.mark.parametrize("rows", [1, 9, 72, 128])
+    def test_they_agree_with_steps_and_are_the_same_on_all(
+        self, ranks: NcclRanks, kernels: dict[int, RankSum], rows: int, width: int
+    ) -> None:
+        x, residual, weight = self.inputs(ranks, rows, width)
+        found = kernels[width](x, residual, weight, 1e-5)
+        expected = add_and_norm(ranks._nccl_all_reduce(x.clone()), residual, weight, 1e-5)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert relative_error(ours, theirs) < 1e-2
+        assert len(set(ranks.gather_objects(self.bits(*found)))) == 1
+
+    def test_results_do_not_depend_on_timing(self, ranks: NcclRanks, kernels: dict[int, RankSum]) -> None:
+        """300 calls of two numbers of rows in turn, each on other values, one rank now and then late."""
+        kernel, calls = kernels[4096], [(9, 72)[turn % 2] for turn in range(300)]
+        given = [self.inputs(ranks, rows, 4096, turn) for turn, rows in enumerate(calls)]
+        expected = []
+        for x, residual, weight in given:
+            expected.append(kernel(x, residual, weight, 1e-5)[1])
+            torch.cuda.synchronize()
+            ranks.gather_objects(None)
+        found = []
+        for turn, (x, residual, weight) in enumerate(given):
+            if turn * 7 % 11 == ranks.rank:
+                torch.cuda._sleep(200_000 * (1 + turn % 5))
+            found.append(kernel(x, residual, weight, 1e-5)[1])
+        torch.cuda.synchronize()
+        assert [turn for turn in range(300) if not torch.equal(found[turn], expected[turn])] == []
+        assert len(set(ranks.gather_objects(self.bits(*found)))) == 1
+
+    def test_a_captured_chain_is_replayed_many_times(self, ranks: NcclRanks, kernels: dict[int, RankSum]) -> None:
+        """Each sum's stream is the next one's residual, so that one wrong value spoils all after it."""
+        kernel, residual_of = kernels[4096], {}
+        parts = {rows: self.inputs(ranks, rows, 4096) for rows in (9, 72)}
+
+        def chain() -> torch.Tensor:
+            residual_of.update({rows: residual for rows, (_, residual, _) in parts.items()})
+            for _ in range(5):
+                for rows in (72, 9):
+                    x, _, weight = parts[rows]
+                    residual_of[rows], normed = kernel(x, residual_of[rows], weight, 1e-5)
+                    residual_of[rows] = residual_of[rows] * 0.5 + normed
+            return torch.cat([residual_of[9], residual_of[72]])
+
+        expected = chain().clone()
+        graph, out = capture(chain)
+        for turn in range(40):
+            out.fill_(float("nan"))
+            if turn % 5 == ranks.rank:
+                torch.cuda._sleep(500_000)
+            graph.replay()
+            assert torch.equal(out, expected), turn
+        assert len(set(ranks.gather_objects(self.bits(out)))) == 1
+
+    def test_nan_of_any_bits_comes_out_and_stays_in_its_row(
+        self, ranks: NcclRanks, kernels: dict[int, RankSum]
+    ) -> None:
+        """Those of all bits set are what says that a value is not there yet."""
+        x, residual, weight = self.inputs(ranks, 9, 4096)
+        wanted = [each.clone() for each in kernels[4096](x, residual, weight, 1e-5)]
+        if ranks.rank == ranks.size - 1:
+            x[2].view(torch.int16).fill_(-1)
+            x.view(torch.int16)[5, 17] = 0x7FFF
+            x[7, 4000] = float("inf")
+        for _ in range(4):
+            y, normed = kernels[4096](x, residual, weight, 1e-5)
+        assert y[2].isnan().all()
+        assert y[5].isnan().sum() == 1
+        assert y[5, 17].isnan()
+        assert y[7, 4000].isinf()
+        assert normed[[2, 5]].isnan().all()
+        for row in (0, 1, 3, 4, 6, 8):
+            assert torch.equal(y[row], wanted[0][row])
+            assert torch.equal(normed[row], wanted[1][row])
+
+    def test_rank_0s_clock_chooses_for_all(self, ranks: NcclRanks) -> None:
+        sums = make_sums(ranks, 4096, torch.device("cuda", torch.cuda.current_device()))
+        assert sums is not None
+        assert len({str(each) for each in ranks.gather_objects((sums.timings, sums.choices))}) == 1
+        x, residual, weight = self.inputs(ranks, 72, 4096)
+        expected = sums.run("steps", x.clone(), residual, weight, 1e-5)
+        for ours, theirs in zip(sums(x, residual, weight, 1e-5), expected, strict=True):
+            assert relative_error(ours, theirs) < 1e-2
+        if ranks.rank == 0:
+            print(f"fastest: {sums.choices}; microseconds {sums.timings}")
 
 
 class TestWholePasses:

@@ -10,6 +10,7 @@ from smc_build.model_config import ModelConfig, RopeConfig
 from smc_build.sharding import rank_config
 from smc_build.weights import weight_shapes
 from smc_engines.fused_regions import FusedRegions
+from smc_engines.parallel.sums import RankSums
 from smc_engines.regions import TorchRegions
 from smc_plugin.kernels import residual_norm
 from smc_plugin.kernels import shards as kernels
@@ -83,6 +84,46 @@ def test_add_and_norm_is_the_reference(dtype: torch.dtype) -> None:
     ours, theirs = (module.add_and_norm(x, residual, weight, 1e-5) for module in (residual_norm, reference_norm))
     assert torch.equal(ours[0], theirs[0])
     torch.testing.assert_close(ours[1], theirs[1])
+
+
+class Doubling:
+    """Two ranks with equal parts."""
+
+    rank, size, shares_memory = 0, 2, True
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("region", ["feed_forward", "next_qkv", "final"])
+def test_a_piece_sums_the_ranks_itself(region: str) -> None:
+    """It gives what the piece gives of the sum; where the sum is not its own, it says so."""
+    config = rank_config(CONFIG, 2)
+    generator = torch.Generator().manual_seed(1)
+    weights = {
+        name: torch.randn(shape, generator=generator) / shape[0] ** 0.5 for name, shape in weight_shapes(config).items()
+    }
+    weights["lm_head"] = weights["embed"][: config.vocab_size].contiguous()
+    ranks: Any = Doubling()
+
+    def fused(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return reference_norm.add_and_norm(2 * x, residual, weight, eps)
+
+    kernel: Any = fused
+    sums = RankSums(ranks, {"one_shot": kernel})
+    sums.choose({16: {"steps": 2.0, "one_shot": 1.0}, 64: {"steps": 1.0, "one_shot": 2.0}})
+    runner = FusedRegions(config, weights, sums=sums)
+    assert runner.sums_ranks(region, 9)
+    assert not runner.sums_ranks(region, 20)
+    assert not runner.sums_ranks("attn_out", 9)
+    assert not FusedRegions(config, weights).sums_ranks(region, 9)
+    partial, residual = torch.randn((2, 9, 64), generator=generator)
+    layer = None if region == "final" else 1
+    ours = runner.run(region, layer, {"partial": partial, "residual": residual})
+    theirs = TorchRegions(config, weights).run(region, layer, {"reduced": 2 * partial, "residual": residual})
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("fp8", [False, True])

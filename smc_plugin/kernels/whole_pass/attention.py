@@ -91,7 +91,7 @@ def await_new(qkv, sequence, kv_head, part, QUERIES: gl.constexpr, HEADS: gl.con
 
 @gluon.jit
 def _merged(state, score, value, R: gl.constexpr, LAYOUT: gl.constexpr):
-    """The running state of softmax after one more token, of which the first stretch has scores [R, stretches] and -inf the others."""
+    """The running state of softmax after one more token: scores [R, stretches], -inf but in the first stretch."""
     ACC: gl.constexpr = gl.SliceLayout(2, LAYOUT)
     top, total, acc = state
     new_top = gl.maximum(top, score)

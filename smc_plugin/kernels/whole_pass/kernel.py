@@ -8,7 +8,14 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from smc_plugin.kernels.whole_pass.attention import STRETCHES, attend, attention_layout, await_new, find_places, load_tile
+from smc_plugin.kernels.whole_pass.attention import (
+    STRETCHES,
+    attend,
+    attention_layout,
+    await_new,
+    find_places,
+    load_tile,
+)
 from smc_plugin.kernels.whole_pass.exchange import (
     SUM,
     as_floats,

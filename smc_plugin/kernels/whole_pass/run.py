@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from smc_plugin.kernels.launch import Gpu, cdiv, gpu_of, is_recording, launch, next_power_of_2, refuse_first_in_capture
+from smc_plugin.kernels.peers import Peers
 from smc_plugin.kernels.rope import AttentionContext
 from smc_plugin.kernels.whole_pass.attention import STRETCHES
 from smc_plugin.kernels.whole_pass.kernel import whole_pass_kernel
@@ -73,17 +73,6 @@ def _values_shape(shape: DecoderShape, rows: int) -> tuple[int, int, int]:
 def _inbox_words(shape: DecoderShape, rows: int, num_ranks: int) -> int:
     """32-bit words of a rank's inbox: two sides, two products a layer, and a part of every rank."""
     return 2 * shape.num_layers * 2 * shape.hidden_size * num_ranks * rows if num_ranks > 1 else 0
-
-
-class Peers(Protocol):
-    """What a pass needs of the ranks; see smc_engines.parallel.ranks.Ranks."""
-
-    rank: int
-    size: int
-
-    def share_words(self, count: int) -> Tensor:
-        """See Ranks."""
-        ...
 
 
 class WholePass:
