@@ -152,9 +152,14 @@ class TestRankSums:
     ) -> None:
         x, residual, weight = self.inputs(ranks, rows, width)
         found = kernels[width](x, residual, weight, 1e-5)
-        expected = add_and_norm(ranks._nccl_all_reduce(x.clone()), residual, weight, 1e-5)
-        for ours, theirs in zip(found, expected, strict=True):
-            assert relative_error(ours, theirs) < 1e-2
+        steps = add_and_norm(ranks._nccl_all_reduce(x.clone()), residual, weight, 1e-5)
+        # Steps round more often than one kernel does: both are measured against the sum in float64.
+        parts = [values_of(rank, rows, width, torch.bfloat16).double() for rank in range(ranks.size)]
+        y = torch.stack([residual.double(), *parts]).sum(dim=0)
+        normed = y * (y.square().mean(dim=1, keepdim=True) + 1e-5).rsqrt() * weight.double()
+        for ours, theirs, exact in zip(found, steps, (y, normed), strict=True):
+            assert relative_error(ours, exact) < 1e-2
+            assert relative_error(theirs, exact) < 2e-2
         assert len(set(ranks.gather_objects(self.bits(*found)))) == 1
 
     def test_results_do_not_depend_on_timing(self, ranks: NcclRanks, kernels: dict[int, RankSum]) -> None:
@@ -227,7 +232,7 @@ class TestRankSums:
         x, residual, weight = self.inputs(ranks, 72, 4096)
         expected = sums.run("steps", x.clone(), residual, weight, 1e-5)
         for ours, theirs in zip(sums(x, residual, weight, 1e-5), expected, strict=True):
-            assert relative_error(ours, theirs) < 1e-2
+            assert relative_error(ours, theirs) < 2e-2
         if ranks.rank == 0:
             print(f"fastest: {sums.choices}; microseconds {sums.timings}")
 
