@@ -28,7 +28,7 @@ from smc_build.command_line import CommandParser
 from smc_build.engine_dir import Role
 from smc_engines.bench import collectives, plot, profiling, report
 from smc_engines.bench.floor import copy_bandwidth
-from smc_engines.bench.measure import Bench, CaseFailedError, repeat
+from smc_engines.bench.measure import Bench, CaseFailedError, Sample, repeat
 from smc_engines.bench.points import MODES, SWEEPS, Case, Point, parse_modes, parse_numbers, sweep_points, swept_by
 from smc_engines.config import ExecutorConfig
 from smc_engines.engine import Engine
@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="keep the profiler's Chrome trace (.json or .json.gz)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, after every point")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, after every repeat")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw it; needs the extra eval")
     return parser
 
@@ -203,23 +203,28 @@ class _Session:
 
     def measure(self, cases: Sequence[Case], repeats: int) -> None:
         """Time a point's cases; one that cannot be measured is reported, and the others start again without it."""
-        left = list(cases)
+        before, left = list(self._found["rows"]), list(cases)
+        collectives_us: dict[Case, float] = {}
+
+        def keep(samples: dict[Case, list[Sample]]) -> None:
+            for case in samples:
+                if case not in collectives_us:
+                    collectives_us[case] = collectives.round_us(engine, case)
+            self._found["rows"] = before + [
+                report.make_row(engine, case, own, self._args.temperature, self._copy, collectives_us[case])
+                for case, own in samples.items()
+            ]
+            self._save_json()
+
         while left:
+            engine = self._bench.engine
             try:
-                samples = repeat(self._bench, left, repeats, _say)
+                repeat(self._bench, left, repeats, _say, keep)
             except CaseFailedError as failure:
+                self._found["rows"] = before
                 left.remove(failure.case)
                 self._fail(failure.case, failure.__cause__)
                 continue
-            engine = self._bench.engine
-            rows = [
-                report.make_row(
-                    engine, case, own, self._args.temperature, self._copy, collectives.round_us(engine, case)
-                )
-                for case, own in samples.items()
-            ]
-            self._found["rows"] += rows
-            self._found["resampling"] = report.resampling_summary(self._found["rows"])
             self._save()
             return
 
@@ -253,9 +258,13 @@ class _Session:
         self._save()
         self._bench.renew()
 
-    def _save(self) -> None:
+    def _save_json(self) -> None:
+        self._found["resampling"] = report.resampling_summary(self._found["rows"])
         if self._args.json is not None:
             report.write_json(self._found, self._args.json)
+
+    def _save(self) -> None:
+        self._save_json()
         if self._args.png is not None and self._found["rows"]:
             plot.draw(self._found, self._args.png)
 

@@ -164,12 +164,19 @@ class CaseFailedError(Exception):
         self.case = case
 
 
-def repeat(bench: Bench, cases: Sequence[Case], repeats: int, told: Callable[[str], None]) -> dict[Case, list[Sample]]:
+def repeat(
+    bench: Bench,
+    cases: Sequence[Case],
+    repeats: int,
+    told: Callable[[str], None],
+    keep: Callable[[dict[Case, list[Sample]]], None],
+) -> None:
     """Time cases in turn, again and again, so that a machine that slows down slows all of them.
 
     Args:
         repeats: timed passes; one more before them warms up, which on a GPU includes capturing the rounds.
         told: is given a line after every batch.
+        keep: is given the samples so far after every timed pass.
     Raises:
         CaseFailedError: a case failed, of whatever cause; the executor's state is then unknown.
     """
@@ -189,7 +196,8 @@ def repeat(bench: Bench, cases: Sequence[Case], repeats: int, told: Callable[[st
                 f"repeat {number}/{repeats} {case.name}: {sample.tokens_per_s:.1f} tokens/s, "
                 f"{sample.ms_per_round:.3f} ms a round"
             )
-    return samples
+        if number > 0:
+            keep(samples)
 
 
 def _sample(

@@ -1,7 +1,7 @@
 """What smc-bench says: rows, the report around them, and both as text.
 
 A row holds one mode at one point: medians and spread over the repeats, and the floor that its rounds had. The report is
-written after every point, so that a run that is cut off keeps what it has.
+written after every repeat, so that a run that is cut off keeps what it has.
 """
 
 from __future__ import annotations

@@ -140,6 +140,21 @@ def test_a_mode_that_fails_does_not_lose_the_others(models: Path, tmp_path: Path
     assert [row["error"].split(":")[0] for row in report["failed"]] == ["RequestError"] * 3
 
 
+def test_a_run_that_is_cut_off_keeps_its_repeats(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = Bench.start
+
+    def interrupted(self: Bench, case: Case, seed: int) -> Any:
+        if seed == 2 and case.mode == "smc":
+            raise KeyboardInterrupt
+        return start(self, case, seed)
+
+    monkeypatch.setattr(Bench, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(models)
+    rows = json.loads((models / "report.json").read_text())["rows"]
+    assert [(row["mode"], row["repeats"]) for row in rows] == [("target", 1), ("speculative", 1), ("smc", 1)]
+
+
 def test_timed_rounds_can_be_capped(models: Path) -> None:
     """With random weights speculative decoding is timed for as many rounds as smc would take, but at least 32."""
     _, report = run(models, "--max-rounds", 3)

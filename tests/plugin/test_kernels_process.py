@@ -15,11 +15,13 @@ EXECUTOR = "test_kernels_executor.py"
 # Parts of like length, for tests that run in several processes at once.
 PARTS = {
     "deferred rounds": (EXECUTOR, "-k", "deferred"),
-    "other rounds": (EXECUTOR, "-k", "not deferred"),
+    "options": (EXECUTOR, "-k", "options"),
+    "other rounds": (EXECUTOR, "-k", "not deferred and not options"),
     "kernels": tuple(name for name in INTERPRETED_FILES if name != EXECUTOR),
 }
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("part", PARTS)
 def test_under_the_interpreter(part: str) -> None:
     result = run(PARTS[part])
