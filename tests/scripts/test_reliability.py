@@ -147,7 +147,7 @@ def test_rows_of_the_fault_table(tmp_path: Path, wanted: str) -> None:
 
 def test_a_front_that_does_not_answer_is_no_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """smc-serve said that it was ready while its front was stopped; later it gave up for it."""
-    monkeypatch.setattr(faults, "WATCH", ("--start-timeout", "6"))
+    monkeypatch.setattr(faults, "WATCH", ("--start-timeout", "20"))
     row = faults.while_loading(faults.tiny_engine(tmp_path / "model"), "stop", "openai")
-    assert row["restarts"] == ["openai did not answer within 6 s"]
+    assert row["restarts"] == ["openai did not answer within 20 s"]
     assert (row["tokens"], row["ended"], row["left"]) == (faults.SHORT, 0, [])

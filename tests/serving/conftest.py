@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,3 +52,13 @@ def service(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     yield running
     status = running.stop()
     assert (status, running.leftovers(state)) == (0, []), running.output()[-4000:]
+
+
+@pytest.fixture(scope="package")
+def start_timeout_s(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """A --start-timeout that healthy parts keep on this machine, however slow it is, and silent ones soon exceed."""
+    started = time.monotonic()
+    running = Service(engine, tmp_path_factory.mktemp("start"))
+    took_s = time.monotonic() - started
+    assert running.stop() == 0
+    return max(8, math.ceil(3 * took_s))
