@@ -30,6 +30,7 @@ from smc_engines.region_choice import (
     choose_sums,
     choose_whole_pass,
     takes_whole_passes,
+    under_mps,
     whole_pass_bytes,
     whole_pass_rows,
 )
@@ -158,6 +159,7 @@ class Engine:
         self.max_groups = config.max_groups or manifest.max_groups
         self.page_size = manifest.page_size
         together(ranks, "check its GPU", self._check_fp8)
+        self._agree_on_gpu()
         self.sums = choose_sums(config.regions, manifest, self.device, config.kernels, ranks)
         self.num_pages = self._agree_on_pages()
 
@@ -255,6 +257,14 @@ class Engine:
         entries: dict[Role, ModelEntry | None] = {"target": self.manifest.target, "draft": self.manifest.draft}
         return {role: entry.precision for role, entry in entries.items() if entry is not None}
 
+    def _agree_on_gpu(self) -> None:
+        """Kernels are chosen by GPU, and those that exchange values must be the same on all ranks."""
+        if self.device.type != "cuda":
+            return
+        gpu = torch.cuda.get_device_properties(self.device)
+        own = {"name": gpu.name, "multiprocessors": gpu.multi_processor_count, "MPS": under_mps()}
+        same_on_all(self.ranks, "a GPU with", own, "run the ranks on equal GPUs, with MPS for all of them or for none")
+
     def _check_fp8(self) -> None:
         if self.device.type == "cuda" and any(precision.uses_fp8 for precision in self.precisions.values()):
             check_fp8_gpu(torch.cuda.get_device_name(self.device), torch.cuda.get_device_capability(self.device))
@@ -263,16 +273,15 @@ class Engine:
         return whole_pass_rows(self.manifest.max_particles, self.max_groups)
 
     def _prepare_whole_passes(self, draft: PagedModel) -> None:
-        """What the ranks must do together before the first pass in one launch; where one fails, none is left waiting."""
-        whole_pass, ranks = draft.whole_pass, self.ranks if draft.config.is_shard else None
+        """What must be done before the first pass in one launch; where it fails on one rank, it does on all."""
+        whole_pass = draft.whole_pass
         if whole_pass is None:
             return
-        from smc_plugin.kernels.launch import gpu_of  # noqa: PLC0415 - importing it needs triton
-
-        same_on_all(ranks, "a GPU whose multiprocessors, shared memory and capability are", gpu_of(self.device))
         rows = self._whole_pass_rows()
-        together(ranks, "make room for passes in one launch", lambda: whole_pass.reserve(rows))
-        whole_pass.prepare(rows)
+        if draft.config.is_shard:
+            whole_pass.prepare(rows)  # in which the ranks share memory
+        else:
+            together(self.ranks, "make room for passes in one launch", lambda: whole_pass.prepare(rows))
 
     def _agree_on_pages(self) -> int:
         """The size that every rank has room for."""

@@ -99,6 +99,10 @@ class FusedRegions:
         """See RegionRunner."""
         return self._sums is not None and region in _NORMS and self._sums.takes(rows)
 
+    def sum_gain_us(self, region: str, rows: int) -> float:
+        """Microseconds that it saves where it makes the sum over the ranks that a region begins with."""
+        return self._sums.gain_us(rows) if self._sums is not None and self.sums_ranks(region, rows) else 0.0
+
     def run(self, region: str, layer: int | None, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute one region (see RegionRunner)."""
         bound, matmul, eps = self._bound[region, layer], self._matmul, self._eps

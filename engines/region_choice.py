@@ -97,13 +97,17 @@ def choose_sums(
         kernels: the executor's choice of kernels.
         ranks: None where the engine has one rank.
     """
-    if choice not in ("auto", "fused") or kernels == "reference":
-        return {}
+    made = {width: make_sums(ranks, width, device) for width in summed_widths(choice, manifest, kernels)}
+    return {width: sums for width, sums in made.items() if sums is not None}
+
+
+def summed_widths(choice: RegionChoice, manifest: Manifest, kernels: str = "auto") -> list[int]:
+    """Widths of the rows that an engine's fused runners sum over the ranks, where a kernel may do so; see choose_sums."""
+    if choice not in ("auto", "fused") or kernels == "reference" or under_mps():
+        return []
     entries = [entry for entry in (manifest.target, manifest.draft) if entry is not None]
     shards = [entry for entry in entries if entry.rank_config.is_shard and entry.precision.activations == "bfloat16"]
-    widths = dict.fromkeys(entry.rank_config.hidden_size for entry in shards)
-    made = {width: make_sums(ranks, width, device) for width in widths}
-    return {width: sums for width, sums in made.items() if sums is not None}
+    return list(dict.fromkeys(entry.rank_config.hidden_size for entry in shards))
 
 
 def takes_whole_passes(
@@ -161,7 +165,7 @@ def whole_pass_rows(particles: int, groups: int) -> tuple[int, ...]:
 
 
 def under_mps() -> bool:
-    """Whether CUDA's multi-process service runs here: other processes may then hold multiprocessors that a pass waits for."""
+    """Whether CUDA's multi-process service runs here: others may then hold multiprocessors that a kernel waits for."""
     folder = os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or "/tmp/nvidia-mps"
     return (Path(folder) / "control").exists()
 

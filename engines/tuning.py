@@ -30,6 +30,7 @@ from smc_build.precision import Precision
 from smc_engines.engine import Engine
 from smc_engines.fused_regions import PRODUCTS, FusedRegions
 from smc_engines.model import PagedModel
+from smc_engines.parallel.ranks import Ranks
 from smc_engines.region_choice import MAX_FUSED_ROWS, choose_regions, make_runners, takes_whole_passes
 from smc_engines.regions import RegionRunner, SelectedRegions
 from smc_engines.tactics import ModelTactics, PassTimes, RegionTimes, Runner
@@ -82,7 +83,7 @@ def tune_engine(engine: Engine, rows: Mapping[Role, Sequence[int]] | None = None
         runners = make_runners(wanted, manifest, role, model.weights, None, engine.plan_folder, engine.scratch, sums)
         # A draft's passes have one token a sequence, but for the first of a round; a score pass has K + 1.
         queries = manifest.max_draft_tokens + 1 if role == "target" else 1
-        tuner = Tuner(model, runners, queries, lambda text, role=role: say(f"{role}: {text}"))
+        tuner = Tuner(model, runners, queries, lambda text, role=role: say(f"{role}: {text}"), engine.ranks)
         with torch.inference_mode():
             models[role] = tuner.tune(rows[role], manifest.max_particles)
     gpu = torch.cuda.get_device_name(engine.device)
@@ -117,10 +118,19 @@ class Tuner:
         runners: by name, "fused" among them.
         queries: tokens a sequence of a pass: K + 1 in a score pass, 1 in a draft's.
         say: takes a line of progress.
+        ranks: that tune the model's other parts at the same time, or None.
     """
 
-    def __init__(self, model: PagedModel, runners: Mapping[Runner, RegionRunner], queries: int, say: Say) -> None:
+    def __init__(
+        self,
+        model: PagedModel,
+        runners: Mapping[Runner, RegionRunner],
+        queries: int,
+        say: Say,
+        ranks: Ranks | None = None,
+    ) -> None:
         self._model = model
+        self._ranks = ranks
         self._config = model.config
         self._weights = model.weights
         self._runners = runners
@@ -150,6 +160,8 @@ class Tuner:
         for region in used_regions(self._config):
             regions[region] = {count: self._compare(region, count) for count in rows}
         found = ModelTactics(regions, products)
+        if self._ranks is not None:  # who runs a region decides which sum the ranks enter: rank 0's clock, for all
+            found = self._ranks.gather_objects(found)[0]
         return dataclasses.replace(found, whole_pass=self._compare_passes(few, particles, found))
 
     def _tune_product(self, name: str, rows: int) -> Tactic:
@@ -221,11 +233,12 @@ class Tuner:
         return call
 
     def _compare(self, region: str, rows: int) -> RegionTimes:
-        """Time every runner on one region."""
+        """Time every runner on one region; where the fused one makes the sum before it, the others pay for a slower sum."""
         chain, times = self._chain(region), {}
         for name, runner in self._runners.items():
             if name != "fused" or rows <= MAX_FUSED_ROWS:
-                times[name] = round(self._chain_us(runner, chain, rows), 2)
+                more_us = 0.0 if name == "fused" else self._fused.sum_gain_us(region, rows)
+                times[name] = round(self._chain_us(runner, chain, rows) + more_us, 2)
         choice = min(times, key=lambda name: times[name])
         shown = "  ".join(f"{name} {us:.1f}" for name, us in times.items())
         self._say(f"{region:8} {rows:4} rows  {choice:6} (us: {shown})")

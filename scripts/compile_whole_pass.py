@@ -1,6 +1,6 @@
 """Compile draft passes in one launch for Hopper, without a GPU, and write down what each program needs.
 
-    python scripts/compile_whole_pass.py /tmp/whole-pass-compiled.json
+    python scripts/compile_whole_pass.py whole-pass-compiled.json
 
 Registers that spill depend on the model, the rows and the number of multiprocessors; so do shared memory and the ring's stages.
 Takes ten seconds a line.

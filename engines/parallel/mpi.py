@@ -11,6 +11,7 @@ import os
 import pickle
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class MpiRanks:
         finally:
             host.Free()
 
-    def share_words(self, count: int) -> Tensor:
+    def share_words(self, count: int, before: Callable[[], None] | None = None) -> Tensor:
         """See Ranks."""
         raise RankError("ranks on a CPU were asked to share memory, expected GPUs only: report this")
 

@@ -94,9 +94,15 @@ class NcclRanks:
         handle = symmetric.rendezvous(own, dist.group.WORLD)  # type: ignore[arg-type]
         return [handle.get_buffer(rank, [own.numel()], own.dtype).data_ptr() for rank in range(self.size)]
 
-    def share_words(self, count: int) -> Tensor:
+    def share_words(self, count: int, before: Callable[[], None] | None = None) -> Tensor:
         """See Ranks."""
-        own = together(self, "take memory that all ranks reach", lambda: self._reachable(count, torch.int32))
+
+        def take() -> Tensor:
+            if before is not None:
+                before()
+            return self._reachable(count, torch.int32)
+
+        own = together(self, "take memory that all ranks reach", take)
         own.fill_(-1)
         self._shared.append(own)
         with deadline(self.rank, _SHARE_S, "not all ranks shared their memory"):

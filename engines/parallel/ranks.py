@@ -33,13 +33,17 @@ class Ranks(Protocol):
         """Stack a tensor of every rank: [...] to [size, ...]."""
         ...
 
-    def share_words(self, count: int) -> Tensor:
+    def share_words(self, count: int, before: Callable[[], None] | None = None) -> Tensor:
         """Where shares_memory holds: 32-bit words, all bits set, on each rank, that kernels of every rank can read and write.
 
+        Args:
+            count: of the words of one rank.
+            before: what this rank does first, alone, and may fail at.
         Returns:
             [size] int64, the addresses of the ranks' words, on the GPU; the words live as long as the ranks are connected.
         Raises:
-            RankError: some rank has no room for them. One that does not come at all ends the others.
+            RankError: some rank has no room for them, or failed before. One that has
+                room and then does not come ends the others.
         """
         ...
 
@@ -94,9 +98,14 @@ def together(ranks: Ranks | None, what: str, function: Callable[[], Result]) -> 
     return result  # type: ignore[return-value]
 
 
-def same_on_all(ranks: Ranks | None, what: str, value: Result) -> Result:
+def same_on_all(
+    ranks: Ranks | None, what: str, value: Result, remedy: str = "give every rank the same engine directory and options"
+) -> Result:
     """Check that every rank holds an equal value.
 
+    Args:
+        ranks: None for a single process.
+        what, remedy: parts of the message, "rank 1 has WHAT VALUE, expected rank 0's VALUE: REMEDY".
     Raises:
         RankError: they differ.
     """
@@ -105,10 +114,7 @@ def same_on_all(ranks: Ranks | None, what: str, value: Result) -> Result:
         for rank, other in enumerate(values):
             if other != values[0]:
                 found, expected = _difference(other, values[0])
-                raise RankError(
-                    f"rank {rank} has {what} {found}, expected rank 0's {expected}: give every rank the same engine "
-                    "directory and options"
-                )
+                raise RankError(f"rank {rank} has {what} {found}, expected rank 0's {expected}: {remedy}")
     return value
 
 

@@ -61,6 +61,11 @@ class RankSums:
                 return way
         return "steps"
 
+    def gain_us(self, rows: int) -> float:
+        """Microseconds by which the fastest way was faster than steps."""
+        times = next((times for most, times in sorted(self.timings.items()) if rows <= most), None)
+        return 0.0 if times is None else times["steps"] - min(times.values())
+
     def takes(self, rows: int) -> bool:
         """Whether one kernel is the fastest for so many rows."""
         return self.choice(rows) != "steps"

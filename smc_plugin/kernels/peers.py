@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -13,6 +14,6 @@ class Peers(Protocol):
     rank: int
     size: int
 
-    def share_words(self, count: int) -> Tensor:
+    def share_words(self, count: int, before: Callable[[], None] | None = None) -> Tensor:
         """See Ranks."""
         ...

@@ -8,12 +8,14 @@ ranks are late at random. What only a GPU can show is tested in tests/gpu/test_p
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,19 +24,29 @@ import pytest
 import torch
 from torch import Tensor
 
+from smc_build.builder import BuildOptions, random_engine
+from smc_build.engine_dir import Manifest
+from smc_build.model_config import ModelConfig
 from smc_build.presets import PRESETS
 from smc_build.sharding import bind_head, rank_config
 from smc_build.weights import weight_shapes
 from smc_engines.bench.collectives import sums_of_pass
+from smc_engines.engine import Engine
 from smc_engines.fused_regions import FusedRegions
 from smc_engines.model import PagedModel
 from smc_engines.parallel.sums import Choice, RankSums, make_sums
+from smc_engines.region_choice import RegionChoice, shape_of, summed_widths, takes_whole_passes
+from smc_engines.regions import RegionRunner, TorchRegions
+from smc_engines.tactics import ModelTactics, Runner
+from smc_engines.tuning import Tuner
 from smc_plugin.backend import triton_kernels
+from smc_plugin.errors import ConfigError, RankError
 from smc_plugin.kernels import launch
 from smc_plugin.kernels.compile import compile_recorded
 from smc_plugin.kernels.launch import Gpu, Recorded
 from smc_plugin.kernels.rank_sum import MAX_ROWS, WAYS, RankSum, Way, kernel
 from smc_plugin.kernels.rank_sum.run import _turns
+from smc_plugin.kernels.whole_pass import WholePass
 from smc_plugin.reference.residual_norm import add_and_norm
 
 DEADLINE_S = 20.0
@@ -60,7 +72,8 @@ class SomePeers:
     size: int
     share: Callable[[int], Tensor]
 
-    def share_words(self, count: int) -> Tensor:
+    def share_words(self, count: int, before: Callable[[], None] | None = None) -> Tensor:
+        assert before is None
         return self.share(count)
 
 
@@ -346,7 +359,9 @@ class MetaRanks:
     shares_memory: bool = True
     sums: int = 0
 
-    def share_words(self, count: int) -> Tensor:
+    def share_words(self, count: int, before: Callable[[], None] | None = None) -> Tensor:
+        if before is not None:
+            before()
         return torch.zeros(self.size, dtype=torch.int64, device="meta")
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -354,21 +369,27 @@ class MetaRanks:
         return x
 
 
+def shard_of_three_layers() -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Half of a model: its sizes, and weights that have shapes only."""
+    config = rank_config(dataclasses.replace(PRESETS["llama-1b"].config, num_layers=3), 2)
+    weights = {
+        name: torch.empty(size, dtype=torch.bfloat16, device="meta") for name, size in weight_shapes(config).items()
+    }
+    return config, bind_head(weights, config, 0)
+
+
 @pytest.mark.parametrize("way", ["steps", *WAYS])
 def test_a_pass_sums_the_way_that_was_fastest(way: Choice) -> None:
     """18 rows go the way of the next number of rows that was timed; more than were timed go in steps."""
     ranks: Any = MetaRanks()
     layers, device = 3, torch.device("meta")
-    config = rank_config(dataclasses.replace(PRESETS["llama-1b"].config, num_layers=layers), ranks.size)
-    weights = {
-        name: torch.empty(size, dtype=torch.bfloat16, device=device) for name, size in weight_shapes(config).items()
-    }
-    weights = bind_head(weights, config, 0)
+    config, weights = shard_of_three_layers()
     sums = RankSums(ranks, {each: RankSum(ranks, config.hidden_size, each, device) for each in WAYS})
     timings: dict[int, dict[Choice, float]] = {8: {"steps": 1.0, "one_shot": 2.0, "two_shot": 3.0}, 32: {}}
     timings[32] = {each: 1.0 if each == way else 2.0 for each in sums.ways}
     sums.choose(timings)
     assert [sums.choice(rows) for rows in (1, 8, 9, 32, 33)] == ["steps", "steps", way, way, "steps"]
+    assert [sums.gain_us(rows) for rows in (1, 8, 9, 32, 33)] == [0, 0, *([0 if way == "steps" else 1] * 2), 0]
     regions = FusedRegions(config, weights, sums=sums)
     model = PagedModel(config, weights, 512, 16, regions, triton_kernels(), ranks=ranks)
 
@@ -397,3 +418,133 @@ def test_processes_without_common_memory_have_no_kernel_for_sums() -> None:
     assert make_sums(None, 4096, torch.device("cpu")) is None
     assert make_sums(ranks, 4096, torch.device("cpu")) is None
     assert make_sums(MetaRanks(), 4100, torch.device("cpu")) is None  # type: ignore[arg-type]
+
+
+def test_ranks_whose_clocks_disagree_tune_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who runs a region decides which sum a rank enters: each followed its own clock, and would have waited for ever."""
+    config, weights = shard_of_three_layers()
+    said: list[ModelTactics] = []
+
+    class Ranks(MetaRanks):
+        def gather_objects(self, own: ModelTactics) -> list[ModelTactics]:
+            said.append(pickle.loads(pickle.dumps(own)))
+            return said[:1]
+
+    def tuned(rank: int) -> tuple[ModelTactics, list[str]]:
+        """What a rank finds, and what it enters in its last graph, passes in steps; only rank 0's clock prefers the kernels."""
+        ranks: Any = Ranks(rank)
+        sums = RankSums(ranks, {way: RankSum(ranks, config.hidden_size, way, torch.device("meta")) for way in WAYS})
+        sums.choose({16: {"steps": 1.5, "one_shot": 1.0, "two_shot": 3.0}})
+        fused = FusedRegions(config, weights, sums=sums)
+        runners: dict[Runner, RegionRunner] = {"fused": fused, "torch": TorchRegions(config, weights)}
+        whole_pass = WholePass(shape_of(config), weights, ranks)
+        model = PagedModel(config, weights, 512, 16, fused, triton_kernels(), ranks=ranks, whole_pass=whole_pass)
+        entered: list[str] = []
+
+        def run(calls: Sequence[Callable[[], object]]) -> float:
+            before = ranks.sums
+            with launch.recording() as recorded:
+                calls[0]()
+            entered[:] = [one.kernel.__name__ for one in recorded] + ["all_reduce"] * (ranks.sums - before)
+            return 1.0
+
+        def chain_us(_tuner: Tuner, runner: RegionRunner, *_: Any) -> float:
+            return 19.0 + 2 * rank if runner is fused else 20.0
+
+        monkeypatch.setattr(Tuner, "_graph_us", staticmethod(run))
+        monkeypatch.setattr(Tuner, "_chain_us", chain_us)
+        monkeypatch.setattr(Tuner, "_precompile", lambda self, rows: None)
+        monkeypatch.setattr(Tuner, "_tune_product", lambda self, name, rows: None)
+        return Tuner(model, runners, 1, lambda _: None, ranks).tune([8, 16], 8), entered
+
+    (first, entered), (second, others) = tuned(0), tuned(1)
+    assert said[0].runner("next_qkv", 8) == "fused"
+    assert said[1].runner("next_qkv", 8) == "torch"
+    assert entered == others
+    assert entered.count("rank_sum_norm_kernel") == 2 * config.num_layers
+    assert first.regions == second.regions == said[0].regions
+
+
+def test_runners_that_leave_the_sum_to_others_pay_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A region is timed with its sum given: 5 us of torch are not fewer than 6 of the kernel, whose sum is 10 us faster."""
+    config, weights = shard_of_three_layers()
+    ranks: Any = MetaRanks()
+    sums = RankSums(ranks, {way: RankSum(ranks, config.hidden_size, way, torch.device("meta")) for way in WAYS})
+    sums.choose({8: {"steps": 12.0, "one_shot": 2.0, "two_shot": 3.0}})
+    fused, other = FusedRegions(config, weights, sums=sums), TorchRegions(config, weights)
+    model = PagedModel(config, weights, 512, 16, fused, triton_kernels(), ranks=ranks)
+    monkeypatch.setattr(Tuner, "_graph_us", staticmethod(lambda calls: 0.0))
+    monkeypatch.setattr(Tuner, "_chain_us", lambda self, runner, chain, rows: 6.0 if runner is fused else 5.0)
+    tuner = Tuner(model, {"fused": fused, "torch": other}, 1, lambda _: None)
+    assert tuner._compare("next_qkv", 8).us == {"fused": 6.0, "torch": 15.0}
+    assert tuner._compare("next_qkv", 16).us == {"fused": 6.0, "torch": 5.0}  # such rows are summed in steps
+    assert tuner._compare("attn_out", 8).us == {"fused": 6.0, "torch": 5.0}
+
+
+def manifest_of(**options: Any) -> Manifest:
+    """Of two ranks with a llama-8b and its draft."""
+    given: dict[str, Any] = {"tp": 2, "random_weights": True, "dtype": "bfloat16", "compiler": "torch", **options}
+    return random_engine(BuildOptions("llama-8b", **given))[0]
+
+
+def test_who_sums_by_a_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    manifest = manifest_of()
+    choices: tuple[RegionChoice, ...] = ("auto", "fused", "plans", "torch")
+    assert [summed_widths(choice, manifest) for choice in choices] == [[4096, 2048]] * 2 + [[]] * 2
+    assert summed_widths("auto", manifest, "reference") == []
+    assert summed_widths("auto", manifest_of(draft_tp=1)) == [4096]  # the draft is whole on every rank
+    assert summed_widths("auto", manifest_of(tp=1)) == []
+    assert summed_widths("auto", manifest_of(dtype="float32")) == []
+    assert summed_widths("auto", manifest_of(dtype="fp8")) == [4096, 2048]  # activations are bfloat16
+    (tmp_path / "control").touch()
+    assert summed_widths("auto", manifest) == []
+
+
+def test_a_shared_gpu_takes_no_whole_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under CUDA's multi-process service another process may hold the multiprocessors that a pass waits for."""
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr("smc_engines.region_choice.whole_pass_bytes", lambda *_: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
+    options: Any = "auto", manifest_of(tp=1), "draft", torch.device("cuda")
+    assert takes_whole_passes(*options)
+    (tmp_path / "control").touch()
+    assert not takes_whole_passes(*options)
+
+
+@pytest.mark.parametrize("differs", ["name", "multi_processor_count"])
+def test_ranks_on_unlike_gpus_are_refused(differs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would choose different kernels, and wait for one another for ever."""
+    first = {"name": "NVIDIA H100", "multi_processor_count": 132}
+    gpus = iter([first, first | {differs: 114}, first, first])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**next(gpus)))
+    said: list[Any] = []
+
+    def agree() -> None:
+        ranks = SimpleNamespace(gather_objects=lambda own: (said.append(own), list(said))[1])
+        Engine._agree_on_gpu(SimpleNamespace(device=torch.device("cuda"), ranks=ranks))  # type: ignore[arg-type]
+
+    agree()
+    with pytest.raises(RankError, match=r"rank 1 has a GPU with .* 114, expected rank 0's .*: run the ranks on equal"):
+        agree()
+    said.clear()
+    agree()
+    agree()
+
+
+def test_a_sum_refuses_what_it_was_not_made_for() -> None:
+    """More rows would be written behind the other ranks' inboxes."""
+    ranks: Any = MetaRanks()
+    device = torch.device("meta")
+    fused = RankSum(ranks, 4096, "one_shot", device)
+
+    def rows(count: int, width: int = 4096, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty((count, width), dtype=dtype, device=device)
+
+    with launch.recording():
+        fused(rows(MAX_ROWS), rows(MAX_ROWS), rows(1)[0], EPS)
+        for x in (rows(MAX_ROWS + 1), rows(8, 2048), rows(8, dtype=torch.float32)):
+            with pytest.raises(ConfigError, match=r"expected bfloat16 and at most 128 rows of 4096"):
+                fused(x, x, rows(1)[0], EPS)
+        with pytest.raises(ConfigError):
+            fused(rows(8), rows(9), rows(1)[0], EPS)

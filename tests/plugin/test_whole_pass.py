@@ -6,7 +6,6 @@ What the kernel computes is tested in tests/gpu/test_whole_pass.py: Gluon has no
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,11 +18,12 @@ from smc_build.sharding import bind_head, rank_config
 from smc_build.weights import weight_shapes
 from smc_engines.fused_regions import FusedRegions
 from smc_engines.model import PagedModel
-from smc_engines.region_choice import shape_of, under_mps, whole_pass_bytes, whole_pass_rows
+from smc_engines.region_choice import shape_of, whole_pass_bytes, whole_pass_rows
 from smc_engines.regions import RegionRunner, TorchRegions
 from smc_engines.tactics import ModelTactics, RegionTimes, Runner
 from smc_engines.tuning import Tuner
 from smc_plugin.backend import triton_kernels
+from smc_plugin.errors import RankError
 from smc_plugin.kernels import launch
 from smc_plugin.kernels.compile import compile_recorded
 from smc_plugin.kernels.launch import Gpu
@@ -147,7 +147,9 @@ class SomeRanks:
     rank: int = 0
     shared: list[int] = dataclasses.field(default_factory=list)
 
-    def share_words(self, count: int) -> Tensor:
+    def share_words(self, count: int, before: Callable[[], None] | None = None) -> Tensor:
+        if before is not None:
+            before()
         self.shared.append(count)
         return torch.zeros(self.size, dtype=torch.int64, device="meta")
 
@@ -282,8 +284,6 @@ def test_ranks_prepare_together_and_in_one_order() -> None:
     weights = bind_head(meta_weights(config, BF16), config, 0)
     ranks = SomeRanks(2)
     whole_pass = WholePass(shape_of(config), weights, ranks)
-    whole_pass.reserve([8, 16])
-    assert ranks.shared == []
     whole_pass.prepare([16, 8, 1, 8])
     words = 2 * config.num_layers * 2 * config.hidden_size * 2  # a row: sides, layers, products, columns, parts
     assert ranks.shared == [(1 + 8 + 16) * words]
@@ -293,10 +293,38 @@ def test_ranks_prepare_together_and_in_one_order() -> None:
     assert ranks.shared[1:] == [5 * words]
 
 
+def test_a_rank_without_room_fails_inside_the_sharing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It took its own memory before, and the others then waited for it for ever."""
+    config = rank_config(LLAMA, 2)
+    ranks = SomeRanks(2)
+    whole_pass = WholePass(shape_of(config), bind_head(meta_weights(config, BF16), config, 0), ranks)
+    failed: list[str] = []
+
+    def full(*_: object, **__: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def share_words(count: int, before: Callable[[], None] | None = None) -> Tensor:
+        assert before is not None
+        with pytest.raises(torch.OutOfMemoryError):
+            before()
+        failed.append("told the others")
+        raise RankError("rank 1 failed")
+
+    monkeypatch.setattr(torch, "full", full)
+    monkeypatch.setattr(ranks, "share_words", share_words)
+    with pytest.raises(RankError):
+        whole_pass.prepare([5])
+    assert failed == ["told the others"]
+    assert whole_pass.held_bytes > 0
+    monkeypatch.undo()
+    whole_pass.prepare([5])  # once there is room
+    assert len(ranks.shared) == 1
+
+
 def test_inboxes_lie_behind_one_another() -> None:
     class Addresses(SomeRanks):
-        def share_words(self, count: int) -> Tensor:
-            super().share_words(count)
+        def share_words(self, count: int, before: Callable[[], None] | None = None) -> Tensor:
+            super().share_words(count, before)
             return torch.tensor([1 << 20, 1 << 30])
 
     config = rank_config(LLAMA, 2)
@@ -311,14 +339,6 @@ def test_row_counts_that_are_prepared() -> None:
     assert whole_pass_rows(8, 4) == (1, 2, 4, 8, 16)
     assert whole_pass_rows(5, 1) == (1, 2, 5, 10)
     assert whole_pass_rows(32, 1) == (1, 2)
-
-
-def test_a_shared_gpu_takes_no_whole_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under CUDA's multi-process service another process may hold the multiprocessors that a pass waits for."""
-    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
-    assert not under_mps()
-    (tmp_path / "control").touch()
-    assert under_mps()
 
 
 @pytest.mark.parametrize(

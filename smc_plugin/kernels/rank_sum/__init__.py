@@ -17,6 +17,9 @@ row:
 - When B sends call c + 2 into that side of A's inbox, B has ended call c + 1 and so got A's part of it, which A sent after
   the end of its call c. So A's stores of call c, which unset the side, are older than B's.
 
+Older needs no fence here: a call unsets and sends in different sides, and between the unset of one call and the send that could
+meet it lie the ends of two kernels on each of the two GPUs. (A draft pass in one launch has no such ends, and fences.)
+
 That holds row by row, however far the programs of a call are apart, and whatever other rows the calls between had.
 """
 

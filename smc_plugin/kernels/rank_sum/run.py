@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from smc_plugin.errors import ConfigError
 from smc_plugin.kernels.launch import Gpu, launch, next_power_of_2
 from smc_plugin.kernels.peers import Peers
 from smc_plugin.kernels.rank_sum.kernel import SIDES, rank_sum_norm_kernel
@@ -65,8 +66,15 @@ class RankSum:
             weight: [width]; eps: of the norm.
         Returns:
             y and norm(y), [rows, width] bfloat16.
+        Raises:
+            ConfigError: rows are too many, or of another width or type; the other ranks would wait.
         """
         rows = x.shape[0]
+        if rows > MAX_ROWS or x.shape[1] != self._width or x.shape != residual.shape or x.dtype != torch.bfloat16:
+            raise ConfigError(
+                f"a sum over ranks was given {x.dtype} {tuple(x.shape)}, expected bfloat16 and at most {MAX_ROWS} rows of "
+                f"{self._width}: report this"
+            )
         x, residual = x.contiguous(), residual.contiguous()
         out, normed = (torch.empty_like(residual) for _ in range(2))
         launch(

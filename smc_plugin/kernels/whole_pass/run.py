@@ -227,8 +227,8 @@ class WholePass:
             self._ran.add(kind)
         return out
 
-    def reserve(self, rows: Iterable[int]) -> None:
-        """Take this GPU's own memory for passes of these numbers of rows, which may fail; `prepare` does the rest."""
+    def _reserve(self, rows: Iterable[int]) -> None:
+        """Take this GPU's own memory for passes of these numbers of rows."""
         for count in set(rows) - self._values.keys():
             values = torch.full(_values_shape(self._shape, count), -1, dtype=torch.int16, device=self._device)
             state = torch.zeros(_STATE_WORDS, dtype=torch.int32, device=self._device)
@@ -238,15 +238,18 @@ class WholePass:
         """Make what passes of these numbers of rows need; others are prepared by their first call.
 
         All ranks call this together with the same numbers, and so they make the first call of another number.
+
+        Raises:
+            RankError: some rank has no room; of a single process torch.OutOfMemoryError.
         """
         missing = sorted(set(rows) - self._inboxes.keys())
         if not missing:
             return
-        self.reserve(missing)
         if self._ranks is None:
+            self._reserve(missing)
             self._inboxes |= {count: self._values[count][1] for count in missing}  # not read
             return
         words = [_inbox_words(self._shape, count, self._num_ranks) for count in missing]
-        addresses = self._ranks.share_words(sum(words))
+        addresses = self._ranks.share_words(sum(words), lambda: self._reserve(missing))
         for count, before in zip(missing, itertools.accumulate(words, initial=0), strict=False):
             self._inboxes[count] = addresses + 4 * before
