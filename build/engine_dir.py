@@ -14,12 +14,13 @@ checks names, shapes and dtype and maps the file.
 import dataclasses
 import errno
 import hashlib
+import io
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -386,7 +387,7 @@ def _refuse_links(path: Path) -> None:
                 raise _is_link((Path(folder) / name).relative_to(path))
 
 
-def _open(path: Path, name: str) -> IO[bytes]:
+def _open(path: Path, name: str) -> io.BufferedReader:
     """Open a file of an engine directory; one that became a link after `_refuse_links` is refused too."""
     try:
         return open(path / name, "rb", opener=lambda file, flags: os.open(file, flags | os.O_NOFOLLOW))
