@@ -122,6 +122,21 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
         Checkpoint(folder)
 
 
+def test_code_in_a_checkpoint_is_neither_run_nor_copied(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "odd.Odd",
+        "AutoModelForCausalLM": "odd.Odd",
+        "AutoTokenizer": ["odd.Odd", None],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "odd.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    engine = build_engine(BuildOptions(str(folder), draft="none", output=tmp_path / "engine"))
+    assert {path.suffix for path in engine.rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    assert not (tmp_path / "ran").exists()
+
+
 def test_an_index_that_names_pickles_or_paths_is_refused(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", sharded=True)
     index = folder / "model.safetensors.index.json"
