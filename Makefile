@@ -1,5 +1,5 @@
 # make demo   a real model pair, built and answering a prompt
-# make test   the tests          make lint   ruff and pyright          make bench   the three modes timed side by side
+# make test   the tests          make lint   ruff, pyright, pins      make bench   the three modes timed side by side
 # make serve  the demo's engine behind a Triton Inference Server and an OpenAI-compatible port; make serve-env sets that up
 # make soak   ten minutes of load on a served engine, every answer checked; make faults  kill, stop and damage every part
 # make clean  remove what the other targets made here: the environment, fetched models, the demo's engine, caches
@@ -48,6 +48,7 @@ lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/pyright
+	$(BIN)/python scripts/check_requirements.py
 
 bench: $(ENGINE)/manifest.json
 	$(BIN)/smc-bench --engine $(ENGINE)

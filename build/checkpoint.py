@@ -31,6 +31,7 @@ from smc_plugin.errors import CheckpointError
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 FP8_FILE = "hf_quant_config.json"  # where modelopt says what it did, beside config.json
+MAX_TEXT_BYTES = 64 * 2**20  # of any file but weights; the largest tokenizer.json of known models has half of that
 _FLOAT_DTYPES = ("F32", "BF16", "F16", "F64")
 _FP8_DTYPE = "F8_E4M3"
 # What the checkpoint may hold beyond the weights: caches of constants that older exports stored.
@@ -261,20 +262,40 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        CheckpointError: the file is missing or is not a JSON object.
+        CheckpointError: the file is missing, is not a JSON object or is too large.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_small(path).decode())
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path.name} is missing in {path.parent}, expected a Hugging Face folder: correct the path or fetch "
             "it again"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path.name} ({error}), expected a JSON object: fetch it again") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path.name} holds a {type(values).__name__}, expected a JSON object: fetch it again")
     return values
+
+
+def read_small(path: Path) -> bytes:
+    """Read a file that is no weights; raises as `check_small`."""
+    return check_small(path).read_bytes()
+
+
+def check_small(path: Path) -> Path:
+    """Return the path of a file that is no weights, if it has at most MAX_TEXT_BYTES.
+
+    Raises:
+        CheckpointError: it has more.
+        OSError: it is not there.
+    """
+    size = path.stat().st_size
+    if size > MAX_TEXT_BYTES:
+        raise CheckpointError(
+            f"{path.name} has {size} bytes, expected at most {MAX_TEXT_BYTES}: do not use this checkpoint"
+        )
+    return path
 
 
 def safe_file(folder: Path, name: str) -> Path:

@@ -5,13 +5,16 @@
                        plans/<region>.<rows>.plan, when there are plans (draft/ only when there is a draft)
     tokenizer/         tokenizer files as the checkpoint had them
 
-`load_manifest(path)` always checks the format version, that every listed file is there and that its size is right; with
-verify=True, the default, it also hashes every file, so a flipped bit is caught (about 1 s per GB and core; several
-files are hashed at a time). verify=False skips only the hashes. `load_weights` checks names, shapes and dtype and
-maps the file.
+`load_manifest(path)` always checks the format version, that every listed file is there, that its size is right and that the
+directory holds no link (its own path may be one); with verify=True, the default, it also hashes every file, so a flipped bit
+is caught (about 1 s per GB and core; several files are hashed at a time). verify=False skips only the hashes. `load_weights`
+checks names, shapes and dtype and maps the file.
 """
 
 import dataclasses
+import errno
+import hashlib
+import io
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -25,13 +28,14 @@ from safetensors import SafetensorError, safe_open
 from smc_build.dtypes import SAFETENSORS_NAMES, torch_dtype
 from smc_build.model_config import ModelConfig
 from smc_build.precision import Precision
-from smc_build.shard_file import FileEntry, hash_file
+from smc_build.shard_file import FileEntry
 from smc_build.sharding import bind_head, rank_config, shards
 from smc_build.weights import random_weights, weight_shapes
 from smc_plugin.errors import EngineDirError
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
+MAX_MANIFEST_BYTES = 16 * 2**20
 TOKENIZER_FOLDER = "tokenizer"
 Role = Literal["target", "draft"]
 _REBUILD = "rebuild the engine directory with smc-build"
@@ -220,16 +224,23 @@ def load_manifest(path: Path | str, verify: bool = True) -> Manifest:
     Returns:
         the manifest.
     Raises:
-        EngineDirError: not an engine directory, another format, or a missing, resized or altered file.
+        EngineDirError: not an engine directory, another format, a link in it, or a missing, resized or altered file.
     """
     path = Path(path)
     if not is_engine_dir(path):
         raise EngineDirError(
             f"{path} is not an engine directory, expected a {MANIFEST_FILE} in it: correct the path or run smc-build"
         )
+    _refuse_links(path)
+    with _open(path, MANIFEST_FILE) as file:
+        text = file.read(MAX_MANIFEST_BYTES + 1)
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise EngineDirError(
+            f"{MANIFEST_FILE} has more than {MAX_MANIFEST_BYTES} bytes, expected at most that: do not use this directory"
+        )
     try:
-        values = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
         raise EngineDirError(f"cannot read {MANIFEST_FILE} ({error}), expected JSON: {_REBUILD}") from error
     if not isinstance(values, dict):
         raise EngineDirError(f"{MANIFEST_FILE} holds a {type(values).__name__}, expected a JSON object: {_REBUILD}")
@@ -316,6 +327,19 @@ def _stored_weights(path: Path, name: str, entry: ModelEntry, device: str | torc
     return out
 
 
+def read_file(path: Path, name: str) -> bytes:
+    """Read a file of an engine directory whose manifest was loaded.
+
+    Args:
+        path: the engine directory.
+        name: relative path, one that the manifest lists.
+    Raises:
+        EngineDirError: it is a link, or cannot be read.
+    """
+    with _open(path, name) as file:
+        return file.read()
+
+
 def tokenizer_path(path: Path | str) -> Path | None:
     """Return the folder with the tokenizer files, or None for an engine built without a tokenizer."""
     folder = Path(path) / TOKENIZER_FOLDER
@@ -341,10 +365,42 @@ def _check_file(path: Path, name: str, entry: FileEntry) -> None:
 
 def _check_hashes(path: Path, files: dict[str, FileEntry]) -> None:
     with ThreadPoolExecutor() as pool:
-        hashes = pool.map(lambda name: hash_file(path / name).sha256, files)
+        hashes = pool.map(lambda name: _hash(path, name), files)
     for (name, entry), found in zip(files.items(), hashes, strict=True):
         if found != entry.sha256:
             raise EngineDirError(
                 f"{name} is damaged: SHA-256 {found[:12]}..., expected {entry.sha256[:12]}...: copy the engine "
                 "directory again or rebuild it"
             )
+
+
+def _hash(path: Path, name: str) -> str:
+    with _open(path, name) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refuse_links(path: Path) -> None:
+    """Links in a directory that is not trusted can show files of the machine, or change after they were checked."""
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            if (Path(folder) / name).is_symlink():
+                raise _is_link((Path(folder) / name).relative_to(path))
+
+
+def _open(path: Path, name: str) -> io.BufferedReader:
+    """Open a file of an engine directory; one that became a link after `_refuse_links` is refused too."""
+    try:
+        return open(path / name, "rb", opener=lambda file, flags: os.open(file, flags | os.O_NOFOLLOW))
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _is_link(name) from None
+        raise EngineDirError(
+            f"cannot read {name} ({error}), expected a file: copy the engine directory again"
+        ) from error
+
+
+def _is_link(name: Path | str) -> EngineDirError:
+    return EngineDirError(
+        f"{name} is a link, expected a file inside the engine directory: put a copy in its place (cp -rL copies an engine "
+        "directory without its links)"
+    )

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from smc_build.checkpoint import read_json, safe_file
+from smc_build.checkpoint import check_small, read_json, read_small, safe_file
 from smc_plugin.errors import CheckpointError
 
 # Data only; a checkpoint's Python files are never copied.
@@ -32,9 +32,9 @@ def tokenizer_files(folder: Path) -> list[Path]:
     """List the tokenizer files a checkpoint folder has.
 
     Raises:
-        CheckpointError: one of them is a link that leaves the folder.
+        CheckpointError: one of them is a link that leaves the folder, or is too large.
     """
-    return [safe_file(folder, name) for name in TOKENIZER_FILES if (folder / name).exists()]
+    return [check_small(safe_file(folder, name)) for name in TOKENIZER_FILES if (folder / name).exists()]
 
 
 def fingerprint(folder: Path) -> str | None:
@@ -55,7 +55,7 @@ def fingerprint(folder: Path) -> str | None:
             raise _unreadable(folder, f"merges that are no pairs ({error})") from None
         return hashlib.sha256(json.dumps([model["vocab"], merges], sort_keys=True).encode()).hexdigest()
     if (folder / "tokenizer.model").exists():
-        return hashlib.sha256(safe_file(folder, "tokenizer.model").read_bytes()).hexdigest()
+        return hashlib.sha256(read_small(safe_file(folder, "tokenizer.model"))).hexdigest()
     return None
 
 

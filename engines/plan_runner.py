@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from smc_build.dtypes import torch_dtype
-from smc_build.engine_dir import Manifest, Role
+from smc_build.engine_dir import Manifest, Role, read_file
 from smc_build.model_config import ModelConfig
 from smc_build.network import RegionSpec, TensorSpec, is_repeated, region_specs
 from smc_build.plans import DATA_TYPES, output_name, static_shape
@@ -234,9 +234,7 @@ def load_plan_regions(
             raise EngineDirError(
                 f"{path} names the plan {name!r}, expected one of its listed files: do not use this directory"
             )
-    plans = (
-        (region, int(rows), (path / name).read_bytes()) for region in files for rows, name in files[region].items()
-    )
+    plans = ((region, int(rows), read_file(path, name)) for region in files for rows, name in files[region].items())
     runner = PlanRegions(
         api, manifest.model(role).rank_config, weights, plans, scratch, cache_file(path, role, version)
     )

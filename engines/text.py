@@ -18,6 +18,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as BackendTokenizer
 
+from smc_build.checkpoint import read_small
+from smc_build.tokenizer_files import tokenizer_files
 from smc_engines import chat_template
 from smc_engines.token_bytes import Vocabulary, read_vocabulary
 from smc_plugin.errors import CheckpointError, RequestError
@@ -60,9 +62,10 @@ class Tokenizer:
         Returns:
             The tokenizer. Its end tokens come from generation_config.json, config.json and tokenizer_config.json.
         Raises:
-            CheckpointError: the folder has no tokenizer, or a damaged one.
+            CheckpointError: the folder has no tokenizer, or one that is damaged, too large or outside.
         """
         folder = Path(folder)
+        tokenizer_files(folder)  # their sizes and places
         config = _read_json(folder / "tokenizer_config.json")
         for name, token in config.items():
             if name in SPECIAL_TOKENS and token is not None:
@@ -236,8 +239,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(read_small(path).decode())
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}, expected JSON, got {error}: fetch the file again") from None
     return value if isinstance(value, dict) else {}
 

@@ -2,16 +2,20 @@
 
 import json
 import os
+import struct
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from smc_build.checkpoint import Checkpoint, stored_shapes
+from smc_build.builder import BuildOptions, build_engine
+from smc_build.checkpoint import MAX_TEXT_BYTES, Checkpoint, stored_shapes
 from smc_build.model_config import ModelConfig
 from smc_build.presets import PRESETS
+from smc_build.tokenizer_files import TOKENIZER_FILES
 from smc_build.weights import random_weights, weight_shapes
+from smc_engines.text import Tokenizer
 from smc_plugin.errors import CheckpointError
 from tests.tiny_models import make_checkpoint
 
@@ -118,6 +122,21 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
         Checkpoint(folder)
 
 
+def test_code_in_a_checkpoint_is_neither_run_nor_copied(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "odd.Odd",
+        "AutoModelForCausalLM": "odd.Odd",
+        "AutoTokenizer": ["odd.Odd", None],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "odd.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    engine = build_engine(BuildOptions(str(folder), draft="none", output=tmp_path / "engine"))
+    assert {path.suffix for path in engine.rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    assert not (tmp_path / "ran").exists()
+
+
 def test_an_index_that_names_pickles_or_paths_is_refused(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", sharded=True)
     index = folder / "model.safetensors.index.json"
@@ -161,7 +180,36 @@ def test_links_inside_the_folder_and_of_a_hub_snapshot_are_followed(tmp_path: Pa
     canonical(folder)
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"model_type": "llama"'])
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "chat_template.jinja"],
+)
+def test_files_that_are_no_weights_have_a_size_limit(name: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", sharded=True)
+    path = folder / name
+    path.touch()
+    os.truncate(path, MAX_TEXT_BYTES + 1)  # a hole: nothing is written
+    with pytest.raises(
+        CheckpointError, match=f"^{name} has {MAX_TEXT_BYTES + 1} bytes, expected at most {MAX_TEXT_BYTES}"
+    ):
+        build_engine(BuildOptions(str(folder), draft="none", output=tmp_path / "engine"))
+    if name in TOKENIZER_FILES:
+        with pytest.raises(CheckpointError, match=f"^{name} has {MAX_TEXT_BYTES + 1} bytes, expected at most"):
+            Tokenizer.load(folder)
+    assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.parametrize("header_bytes", [100_000_001, 2**64 - 1])
+def test_a_header_that_is_too_large_is_refused(header_bytes: int, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model")
+    path = folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", header_bytes) + b"{")
+    os.truncate(path, 2**28)  # longer than the first announces: its size alone is what is wrong
+    with pytest.raises(CheckpointError, match=r"cannot read model\.safetensors \(.*header"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "[" * 100_000, '{"model_type": "llama"'])
 def test_a_broken_config_is_refused(content: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model")
     (folder / "config.json").write_text(content)

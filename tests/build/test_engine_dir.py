@@ -1,9 +1,11 @@
 """Engine directories: what a manifest keeps, and that a damaged or foreign one is refused."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,15 @@ from safetensors.torch import load_file
 
 from smc_build.builder import BuildOptions, build_engine
 from smc_build.checkpoint import Checkpoint
-from smc_build.engine_dir import Manifest, load_manifest, load_weights, tokenizer_path, weight_file
+from smc_build.engine_dir import (
+    MAX_MANIFEST_BYTES,
+    Manifest,
+    load_manifest,
+    load_weights,
+    read_file,
+    tokenizer_path,
+    weight_file,
+)
 from smc_build.shard_file import hash_file, write_shard
 from smc_plugin.errors import ConfigError, EngineDirError
 from tests.tiny_models import make_checkpoint
@@ -88,7 +98,7 @@ def test_another_format_version_is_refused(engine: Path) -> None:
         load_manifest(engine)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"format_version": 1}'])
+@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, '{"format_version": 1}'])
 def test_a_broken_manifest_is_refused(engine: Path, content: str) -> None:
     (engine / "manifest.json").write_text(content)
     with pytest.raises(EngineDirError, match=r"manifest\.json"):
@@ -108,12 +118,82 @@ def test_a_manifest_that_lists_files_outside_is_refused(engine: Path, name: str)
         load_manifest(engine)
 
 
-def test_a_link_that_leaves_the_engine_directory_is_refused(engine: Path, tmp_path: Path) -> None:
-    path = engine / "target" / "config.json"
-    path.rename(tmp_path / "config.json")
-    path.symlink_to(tmp_path / "config.json")
-    with pytest.raises(EngineDirError, match="file inside the engine directory"):
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    ["manifest.json", "target/config.json", "target/weights/rank0.safetensors", "draft", "tokenizer", "target/weights"],
+)
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_link_in_the_engine_directory_is_refused(
+    engine: Path, tmp_path: Path, name: str, inside: bool, verify: bool
+) -> None:
+    kept = (engine if inside else tmp_path) / "kept"
+    (engine / name).rename(kept)
+    (engine / name).symlink_to(kept)
+    with pytest.raises(
+        EngineDirError, match=f"^{name} is a link, expected a file inside the engine directory: put a copy"
+    ):
+        load_manifest(engine, verify=verify)
+    if name != "manifest.json":
+        with pytest.raises(EngineDirError, match="is a link"):
+            load_weights(engine, "target")
+
+
+@pytest.mark.parametrize("name", ["tokenizer/chat_template.jinja", "notes", "runtime_cache"])
+def test_a_link_that_the_manifest_does_not_list_is_refused(engine: Path, tmp_path: Path, name: str) -> None:
+    (engine / name).symlink_to(tmp_path / "absent")
+    with pytest.raises(EngineDirError, match=f"^{name} is a link"):
         load_manifest(engine)
+
+
+def test_a_file_that_becomes_a_link_after_the_check_is_not_followed(engine: Path, tmp_path: Path) -> None:
+    manifest = load_manifest(engine)
+    for name in manifest.files:
+        assert hashlib.sha256(read_file(engine, name)).hexdigest() == manifest.files[name].sha256
+        (engine / name).rename(tmp_path / "kept")
+        (engine / name).symlink_to(tmp_path / "kept")
+        with pytest.raises(EngineDirError, match=f"^{name} is a link"):
+            read_file(engine, name)
+        (engine / name).unlink()
+        (tmp_path / "kept").rename(engine / name)
+
+
+def test_the_engine_directory_itself_may_be_reached_by_a_link(engine: Path, tmp_path: Path) -> None:
+    (tmp_path / "current").symlink_to(engine)
+    assert load_manifest(tmp_path / "current") == load_manifest(engine)
+    assert load_weights(tmp_path / "current", "target").keys() == load_weights(engine, "target").keys()
+
+
+def test_the_advised_copy_of_an_engine_directory_has_no_links(engine: Path, tmp_path: Path) -> None:
+    (engine / "tokenizer").rename(tmp_path / "shared")
+    (engine / "tokenizer").symlink_to(tmp_path / "shared")
+    subprocess.run(["cp", "-rL", str(engine), str(tmp_path / "copy")], check=True)
+    assert load_manifest(tmp_path / "copy").files
+
+
+def test_a_manifest_has_a_size_limit(engine: Path) -> None:
+    path = engine / "manifest.json"
+    text = path.read_bytes()
+    path.write_bytes(text.ljust(MAX_MANIFEST_BYTES))
+    assert load_manifest(engine).files
+    path.write_bytes(text.ljust(MAX_MANIFEST_BYTES + 1))
+    with pytest.raises(
+        EngineDirError, match=f"more than {MAX_MANIFEST_BYTES} bytes, expected at most that: do not use"
+    ):
+        load_manifest(engine)
+
+
+@pytest.mark.parametrize("header_bytes", [100_000_001, 2**63, 2**64 - 1])
+def test_a_shard_whose_header_is_too_large_is_refused(engine: Path, header_bytes: int) -> None:
+    """The library's own limit is 100 MB; the file is as long as it says, but a hole."""
+    path = engine / weight_file("target", 0)
+    path.write_bytes(struct.pack("<Q", header_bytes) + b"{")
+    os.truncate(path, 8 + min(header_bytes, 2**28))
+    files = json.loads((engine / "manifest.json").read_text())["files"]
+    files[weight_file("target", 0)]["bytes"] = path.stat().st_size
+    edit(engine, files=files)
+    with pytest.raises(EngineDirError, match=r"cannot read target/weights/rank0\.safetensors \(.*header"):
+        load_weights(engine, "target")
 
 
 def test_a_folder_that_is_no_engine_directory_is_refused(tmp_path: Path) -> None:

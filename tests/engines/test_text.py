@@ -199,6 +199,21 @@ def test_damaged_and_missing_files_say_what_to_do(tmp_path):
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_code_beside_a_tokenizer_is_not_run(tmp_path, fast):
+    config = {"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": ["odd.Odd", "odd.Odd"]}}
+    model = {"model_type": "odd", "auto_map": {"AutoConfig": "odd.Odd", "AutoTokenizer": ["odd.Odd", "odd.Odd"]}}
+    folder = write_folder(tmp_path, config, config=model)
+    (folder / "odd.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    if fast:
+        assert Tokenizer.load(folder).encode("a") == [97]
+    else:
+        (folder / "tokenizer.json").unlink()
+        with pytest.raises(CheckpointError, match=r"expected tokenizer\.json, got .*custom code"):
+            Tokenizer.load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(texts=st.lists(st.text(max_size=20), min_size=1, max_size=3))
 def test_equals_transformers(tmp_path_factory, texts):

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import threading
 import time
+import urllib.request
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,29 @@ def test_text_models_echo_the_prompt_unless_excluded(service: Service, expected:
     assert text([echoed]) == "abc" + want
     assert text([bare]) == want
     assert text(streamed) == want
+
+
+def test_prefix_reuse_can_be_switched_off_for_a_request(service: Service) -> None:
+    def grpc(prompt: str, cache_prompt: bool) -> int:
+        """Tokens of the prompt that came from the cache."""
+        values = {"text_input": prompt, "max_tokens": 2, "cache_prompt": cache_prompt}
+        (answer,) = service.stream("smc", values)
+        return answer["num_cached_tokens"].item()
+
+    def openai(prompt: str, cache_prompt: bool) -> None:
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": 2, "cache_prompt": cache_prompt}
+        request = urllib.request.Request(service.url("openai", "/v1/completions"), json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        urllib.request.urlopen(request, timeout=60).close()
+
+    for number, ask in enumerate((grpc, openai)):
+        private, public = (f"{number} {word} prompt that is longer than two pages" for word in ("private", "public"))
+        ask(private, False)
+        assert grpc(private, True) == 0  # it left none
+        assert grpc(private, True) > 0
+        assert grpc(private, False) == 0  # and takes none
+        ask(public, True)
+        assert grpc(public, True) > 0
 
 
 @pytest.mark.parametrize("model", TEXT_MODELS)

@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from smc_engines.serving import client as command_line_client
@@ -133,6 +134,17 @@ def test_a_bad_key_or_certificate_is_found_before_the_start(
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_every_part_listens_on_the_loopback_alone(service: Service) -> None:
+    """Nobody asked for an address: not the server, the front, the page nor anything that they start listens beyond."""
+    supervisor = psutil.Process(service.process.pid)
+    sockets = [
+        socket for part in (supervisor, *supervisor.children(recursive=True)) for socket in part.net_connections()
+    ]
+    listening = {(socket.laddr.ip, socket.laddr.port) for socket in sockets if socket.status == psutil.CONN_LISTEN}
+    assert {service.state[name] for name in ("grpc", "http", "metrics", "openai")} < {port for _, port in listening}
+    assert {address for address, _ in listening} <= {"127.0.0.1", "::ffff:127.0.0.1"}
 
 
 def test_an_open_address_says_what_it_opens() -> None:
