@@ -17,7 +17,7 @@ pytest.importorskip("tritonclient.grpc", reason="needs requirements/serve-test.t
 pytest.importorskip("fastapi", reason="needs requirements/serve-test.txt: run make serve-env")
 
 from smc_engines.serving.tritonserver import find_installation
-from tests.serving.service import Service
+from tests.serving.service import Service, generous_start_s
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +40,12 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     build_engine(options)
     return output
+
+
+@pytest.fixture(scope="session")
+def start_timeout_s(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """See generous_start_s."""
+    return generous_start_s(engine, tmp_path_factory.mktemp("start"))
 
 
 @pytest.fixture(scope="package")  # its watchdog keeps a core busy: it must end before other tests go on

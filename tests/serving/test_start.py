@@ -43,7 +43,7 @@ def processes(service: Service) -> dict[int, list[str]]:
     return {pid: command_line(pid) for group in started for pid in group_members(int(group))}
 
 
-def find(service: Service, word: str, but: frozenset[int] = frozenset()) -> int:
+def find(service: Service, word: str, but: frozenset[int] = frozenset(), limit_s: float = END_S) -> int:
     """The process whose last arguments have the word, once it is there: a stub by the name of its model's file."""
     found: list[int] = []
 
@@ -54,7 +54,7 @@ def find(service: Service, word: str, but: frozenset[int] = frozenset()) -> int:
         found.extend(set(named) - but)
         return bool(found)
 
-    service.wait(there, END_S, f"{word} is there")
+    service.wait(there, limit_s, f"{word} is there")
     return found[0]
 
 
@@ -75,32 +75,33 @@ def test_a_stub_that_is_killed_while_it_loads(engine: Path, tmp_path: Path) -> N
         assert left(service) == []
 
 
-def test_a_part_that_is_silent_each_time_ends_the_start(engine: Path, tmp_path: Path) -> None:
-    with starting(engine, tmp_path, "--start-timeout", "3") as service:
+def test_a_part_that_is_silent_each_time_ends_the_start(engine: Path, tmp_path: Path, start_timeout_s: int) -> None:
+    with starting(engine, tmp_path, "--start-timeout", str(start_timeout_s)) as service:
         seen: set[int] = set()
         while len(seen) < 3:
-            pid = find(service, "executor_process", frozenset(seen))
+            pid = find(service, "executor_process", frozenset(seen), END_S + start_timeout_s)
             os.kill(pid, signal.SIGSTOP)
             seen.add(pid)
-        assert service.process.wait(END_S) == 1
-        assert service.restarts() == ["executor did not answer within 3 s"] * 2
+        assert service.process.wait(END_S + start_timeout_s) == 1
+        assert service.restarts() == [f"executor did not answer within {start_timeout_s} s"] * 2
         last = service.output().splitlines()[-1]
         assert last.startswith(
-            "smc-serve: executor did not answer within 3 s, expected a start with at most 2 restarts: "
+            f"smc-serve: executor did not answer within {start_timeout_s} s, expected a start with at most 2 restarts: "
         )
         assert [pid for pid in seen if command_line(pid)] == []
         assert left(service) == []
 
 
-def test_an_executor_that_is_silent_while_it_loads_again(engine: Path, tmp_path: Path) -> None:
+def test_an_executor_that_is_silent_while_it_loads_again(engine: Path, tmp_path: Path, start_timeout_s: int) -> None:
     """Silence counted from when an executor was found: one that never was, after another had died, was waited for for ever."""
-    with starting(engine, tmp_path, "--start-timeout", "8") as service:
+    with starting(engine, tmp_path, "--start-timeout", str(start_timeout_s)) as service:
         service.wait_ready()
         first = service.state["processes"]["executor"]
         os.kill(first, signal.SIGKILL)
         os.kill(find(service, "executor_process", frozenset([first])), signal.SIGSTOP)
-        service.wait(lambda: len(service.restarts()) == 2, END_S, "it is noticed")
-        assert service.restarts() == ["executor ended with status -9", "executor did not answer within 8 s"]
+        service.wait(lambda: len(service.restarts()) == 2, END_S + start_timeout_s, "it is noticed")
+        silent = f"executor did not answer within {start_timeout_s} s"
+        assert service.restarts() == ["executor ended with status -9", silent]
         service.wait(service.works, END_S, "it works again")
 
 
