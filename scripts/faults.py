@@ -630,8 +630,8 @@ def main() -> int:
 
 def markdown(table: list[Row]) -> str:
     """The rows as docs/reliability.md shows them: faults of a service, then those that a start refuses."""
-    lines = ["| fault | clients in flight | service |", "| --- | --- | --- |"]
-    for row in (row for row in table if "says" not in row):
+    survived, refusals = [], []
+    for row in table:
         clients = ", ".join(row.get("clients", ())) + (f" after {row['error_s']:.2f} s" if "error_s" in row else "")
         if "problem" in row:
             outcome = "FAILED"
@@ -641,10 +641,15 @@ def markdown(table: list[Row]) -> str:
             outcome = (
                 f"ended with status {row['status']} after {row['ended_s']:.1f} s" if "ended_s" in row else "goes on"
             )
-        lines.append(f"| {row['fault']} | {clients or 'none'} | {outcome} |")
-    lines += ["", "| at the start | what happens (status 1) |", "| --- | --- |"]
-    lines += [f"| {row['fault']} | `{row['says'][0][:128]}` |" for row in table if "says" in row]
-    return "\n".join(lines)
+        if "says" in row:
+            refusals.append(f"| {row['fault']} | `{row['says'][0][:128]}` |")
+        else:
+            survived.append(f"| {row['fault']} | {clients or 'none'} | {outcome} |")
+    tables = {
+        "| fault | clients in flight | service |\n| --- | --- | --- |": survived,
+        "| at the start | what happens (status 1) |\n| --- | --- |": refusals,
+    }
+    return "\n\n".join("\n".join([head, *lines]) for head, lines in tables.items() if lines)
 
 
 def read(path: Path) -> list[Row]:
