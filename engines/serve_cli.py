@@ -3,12 +3,14 @@
     smc-serve --engine engines/smollm2-tp1 --openai-port 8080
 
 Prints the plan, then the addresses once real inference works. SIGTERM and Ctrl-C drain: running streams end properly,
-then the exit status is 0 and no process, socket or shared memory is left. While it drains, a second signal ends at once.
+then the exit status is 0 and no process, socket or shared memory is left. A second signal kills everything at once; then
+the status is 128 + its number, and nothing is left either.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import random
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        exit status: 0 after a drain, 1 after an error that the message explains.
+        exit status: 0 after a drain, 128 + its number after a second signal, 1 after an error that the message explains.
     """
     try:
         from smc_engines.serving.supervisor import ServeOptions  # noqa: PLC0415 (the packages of an optional extra)
@@ -138,13 +140,14 @@ def _serve(options: ServeOptions) -> None:
         print(f"warning       {warning}", flush=True)
     supervisor = Supervisor(options, installation, ports, chosen["--openai-port"])
     page = None
-    received: list[int] = []
 
     def stop(number: int, _frame: object) -> None:
-        received.append(number)
+        if supervisor.stopping:
+            with contextlib.suppress(OSError):
+                os.write(2, b"smc-serve: ending at once\n")  # print may be what was interrupted
+            supervisor.clear()
+            os._exit(128 + number)
         supervisor.stopping = True
-        if len(received) > 1:
-            raise KeyboardInterrupt
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -159,8 +162,6 @@ def _serve(options: ServeOptions) -> None:
             )
         supervisor.watch()
         supervisor.drain()
-    except KeyboardInterrupt:
-        print("smc-serve: ending at once", file=sys.stderr)
     finally:
         if page is not None:
             page.close()
@@ -232,7 +233,7 @@ def _port(host: str, name: str, port: int | None) -> int | None:
     if port is None:
         return None
     if port == 0:
-        return _free_port(host)
+        return free_port(host)
     with socket.socket() as probe:
         probe.settimeout(1.0)
         if probe.connect_ex((host, port)) == 0:
@@ -240,7 +241,7 @@ def _port(host: str, name: str, port: int | None) -> int | None:
     return port
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str) -> int:
     """A port that nobody uses, outside the range from which the system gives ports to others (mpirun's, say) meanwhile."""
     for port in random.sample(FREE_PORTS, 100):
         with socket.socket() as free:

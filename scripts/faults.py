@@ -36,6 +36,7 @@ import httpx
 from served import Served, children, end_by_sigterm, ranks_of, serve, tiny_engine
 
 from smc_build.builder import BuildOptions, build_engine
+from smc_engines.serve_cli import free_port
 from smc_engines.serving.process import command_line, group_members
 from smc_engines.serving.triton_client import ServingError, TritonClient
 
@@ -65,6 +66,8 @@ STREAM = {
     "seed": 1,
 }
 LONG, SHORT = 900, 4
+SELF = "smc-serve"
+STOPPED_S = 14.0  # longer than each of the watchdog's times but one
 LEFT_S = 5.0  # a rank notices within this time that its mpirun is gone
 PROMPT = "hello " * 160  # of a request that is still in its prefill when it is struck
 COMMANDS = {
@@ -254,9 +257,13 @@ def left_by(service: Served) -> list[str]:
     """What an ended service still leaves after LEFT_S: processes, its folder and regions, all named after its process id."""
     own, limit = f"smc-serve-{service.process.pid}-", time.monotonic() + LEFT_S
 
+    def of_it(process: Path) -> bool:
+        with contextlib.suppress(OSError):
+            return any(own.encode() in (process / name).read_bytes() for name in ("cmdline", "environ"))
+        return False
+
     def found() -> list[str]:
-        pids = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
-        live = [f"process {pid}" for pid in pids if any(own in argument for argument in command_line(pid))]
+        live = [f"process {process.name}" for process in Path("/proc").glob("[0-9]*") if of_it(process)]
         places = (Path(tempfile.gettempdir()), Path("/dev/shm"))
         return live + [str(path) for place in places for path in place.glob(f"{own}*")]
 
@@ -284,6 +291,75 @@ def while_draining(engine: Path, fault: str, part: str) -> Row:
                 raise FaultError(f"a client still waits {LIMIT_S:g} s after the end")
         left = left_by(service) or service.leftovers(state)
         return {"status": status, "ended_s": round(ended, 2), "clients": sorted({end for end, _ in ends}), "left": left}
+
+
+def supervisor_struck(engine: Path, fault: str, phase: str) -> Row:
+    """A fault of smc-serve itself: a stopped one goes on as before, a killed one is started again on the same ports.
+
+    That next start is a service manager's; it comes as soon as nothing is left of the one before.
+    """
+    ports = [f"--{name}-port={free_port('127.0.0.1')}" for name in ("http", "grpc", "metrics", "openai", "status")]
+    with serve(engine, *WATCH, *ports, wait=phase != "loading") as service:
+        threads, ends = [], []
+        if phase == "loading":
+            awaited_child(service, "stub")
+        elif phase == "prefill":
+            threads, ends = in_prefill(service)
+        elif phase != "idle":
+            threads, ends = in_flight(service, "executor")
+        if phase == "draining":
+            service.process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+        service.process.send_signal(SIGNALS[fault])
+        struck = time.monotonic()
+        if fault == "stop":
+            return stopped_supervisor(service, phase, threads, ends)
+        left = left_by(service)
+        with serve(engine, *WATCH, *ports) as again:
+            tokens = len(over_grpc(again, SHORT)) if over_openai(again, SHORT) else 0
+            back = time.monotonic() - struck
+            seen, error = ended_clients(threads, ends)
+            row: Row = {
+                "clients": seen,
+                "back_s": round(back, 2),
+                "tokens": tokens,
+                "ended": again.stop(),
+                "left": left,
+            }
+        return row | ({"error_s": round(error - struck, 2)} if threads else {})
+
+
+def stopped_supervisor(
+    service: Served, phase: str, threads: list[threading.Thread], ends: list[tuple[str, float]]
+) -> Row:
+    """What a smc-serve does that was stopped and goes on; its parts serve meanwhile."""
+    before = {} if phase == "loading" else service.state
+    time.sleep(STOPPED_S)
+    serves = phase in ("loading", "draining") or len(over_grpc(service, SHORT)) == SHORT
+    service.process.send_signal(signal.SIGCONT)
+    went_on = time.monotonic()
+    if phase == "loading":
+        service.wait(lambda: "try it:" in service.log, LIMIT_S, "it starts")
+    elif phase != "draining":
+        service.wait(lambda: "was_stopped" in service.log, LIMIT_S, "it goes on")
+        time.sleep(LEFT_S)  # it probes everything
+    seen, _ = ended_clients(threads, ends)
+    if not serves or (phase != "loading" and (restarts(service.log) or service.state != before)):
+        raise FaultError(f"parts that were well did not serve or were started again: {restarts(service.log)}")
+    if phase == "loading":
+        over_grpc(service, SHORT)
+    status = service.process.wait(LIMIT_S) if phase == "draining" else service.stop()
+    row: Row = {"clients": seen, "status": status, "restarts": restarts(service.log), "left": left_by(service)}
+    return row | ({"ended_s": round(time.monotonic() - went_on, 2)} if phase == "draining" else {})
+
+
+def ended_clients(threads: list[threading.Thread], ends: list[tuple[str, float]]) -> tuple[list[str], float]:
+    """How clients ended, and when the last one did."""
+    for thread in threads:
+        thread.join(LIMIT_S)
+        if thread.is_alive():
+            raise FaultError(f"a client still waits after {LIMIT_S:g} s")
+    return sorted({end for end, _ in ends}), max((at for _, at in ends), default=0.0)
 
 
 def spoil(engine: Path, folder: Path, damage: Callable[[Path], object]) -> Path:
@@ -472,7 +548,7 @@ def attempt(name: str, work: Callable[[], Row]) -> Row:
     try:
         row = work()
         problem = f"left {row['left']}" if row.get("left") else ""
-    except (FaultError, OSError, ServingError, subprocess.TimeoutExpired) as error:
+    except (FaultError, OSError, ServingError, httpx.HTTPError, subprocess.TimeoutExpired) as error:
         row, problem = {}, f"{type(error).__name__}: {str(error)[-1500:]}"
     row = {"fault": name, **row, **({"problem": problem} if problem else {})}
     print(json.dumps(row), flush=True)
@@ -489,6 +565,9 @@ def rows(engine: Path, folder: Path, wanted: str) -> Generator[Row]:
     cases += [(fault, part, phase) for phase in ("streaming", "idle") for fault in SIGNALS for part in PARTS]
     yield from lasting_rows(engine, cases, wanted)
     yield from ending_rows(engine, PARTS, wanted)
+    for phase, fault in itertools.product(("prefill", "streaming", "idle", "loading", "draining"), SIGNALS):
+        if wanted in (name := f"{fault} {SELF}, {phase}"):
+            yield attempt(name, functools.partial(supervisor_struck, engine, fault, phase))
     yield from rank_rows(folder / "ranks", wanted)
 
 
@@ -528,7 +607,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Faults of a served engine, and what clients see.")
     parser.add_argument("--only", default="", help="rows whose name contains this, for example 'executor, streaming'")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--table", type=Path, metavar="FILE", help="only print the tables of what --output wrote")
     options = parser.parse_args()
+    if options.table is not None:
+        print(markdown(read(options.table)))
+        return 0
     end_by_sigterm()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -546,19 +629,35 @@ def main() -> int:
 
 
 def markdown(table: list[Row]) -> str:
-    """The rows as docs/reliability.md shows them."""
-    lines = ["| fault | clients in flight | service |", "| --- | --- | --- |"]
+    """The rows as docs/reliability.md shows them: faults of a service, then those that a start refuses."""
+    survived, refusals = [], []
     for row in table:
-        clients = ", ".join(row.get("clients", ())) + (f" after {row['error_s']} s" if "error_s" in row else "")
+        clients = ", ".join(row.get("clients", ())) + (f" after {row['error_s']:.2f} s" if "error_s" in row else "")
         if "problem" in row:
             outcome = "FAILED"
         elif "back_s" in row:
-            outcome = f"back after {row['back_s']} s"
+            outcome = f"back after {row['back_s']:.1f} s"
         else:
-            outcome = f"ended with status {row['status']}" + (f" after {row['ended_s']} s" if "ended_s" in row else "")
-            outcome += f": `{row['says'][0][:110]}`" if row.get("says") else ""
-        lines.append(f"| {row['fault']} | {clients or 'none'} | {outcome} |")
-    return "\n".join(lines)
+            outcome = (
+                f"ended with status {row['status']} after {row['ended_s']:.1f} s" if "ended_s" in row else "goes on"
+            )
+        if "says" in row:
+            refusals.append(f"| {row['fault']} | `{row['says'][0][:128]}` |")
+        else:
+            survived.append(f"| {row['fault']} | {clients or 'none'} | {outcome} |")
+    tables = {
+        "| fault | clients in flight | service |\n| --- | --- | --- |": survived,
+        "| at the start | what happens (status 1) |\n| --- | --- |": refusals,
+    }
+    return "\n\n".join("\n".join([head, *lines]) for head, lines in tables.items() if lines)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file that --output wrote."""
+    try:
+        return json.loads(path.read_text())["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"faults.py: {path} has no rows ({error!r}), expected a file that --output wrote: correct the path")
 
 
 def write(output: Path | None, table: list[Row]) -> None:

@@ -42,6 +42,11 @@ class ControlLine:
             return 0.0
         return time.monotonic() - max(self._heard_at, self._client.connected_at)
 
+    def excuse_silence(self) -> None:
+        """Count silence from now on: this process itself was not listening."""
+        with self._changed:
+            self._heard_at = time.monotonic()
+
     def turns_since(self, moment: float) -> int:
         """Turns that the executor has surely begun and ended since a moment of the monotonic clock.
 

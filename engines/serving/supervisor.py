@@ -2,7 +2,8 @@
 
     smc-serve ── executor process          (ZeroMQ, ipc)
               ├─ tritonserver ── 4 stubs   (the adapters; gRPC, HTTP, metrics)
-              └─ OpenAI front              (only with --openai-port)
+              ├─ OpenAI front              (only with --openai-port)
+              └─ guardian                  (clears up when smc-serve is gone)
 
 While it starts, start.py looks after the parts. What happens when one dies later: the executor is started again at once
 (adapters fail its requests and reconnect by themselves); so are tritonserver and the front. A dead stub is invisible to
@@ -34,7 +35,7 @@ from tritonclient.utils import InferenceServerException
 
 from smc_build.engine_dir import load_manifest
 from smc_engines.parallel.launch import rank_command, rank_environment
-from smc_engines.serving import tritonserver
+from smc_engines.serving import guardian, tritonserver
 from smc_engines.serving.control import ControlLine
 from smc_engines.serving.grpc_tls import Trust, certified_name, client_arguments
 from smc_engines.serving.logs import Log
@@ -53,6 +54,7 @@ DRAIN_MARGIN_S = 15.0
 STALL_S = 5.0  # unloading one model takes a second or two where other work is going on
 LATE_PROBE_S = 1.0
 READY_S = 2.0
+STOPPED_S = 2.0  # no tick takes as long unless somebody stopped this process
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -174,6 +176,7 @@ class Supervisor:
         self._output = _appended(options.log_file)
         self.folder = Path(tempfile.mkdtemp(prefix=f"{RUNTIME_PREFIX}{os.getpid()}-"))
         self._shm_prefix = f"{RUNTIME_PREFIX}{os.getpid()}-"
+        self._guardian = guardian.start(self.folder, self._shm_prefix)
         self._address = f"ipc://{self.folder}/executor"
         self._backends = tritonserver.prepare_backends(installation, self.folder)
         self.executor = Part("executor", self._start_executor)
@@ -209,7 +212,7 @@ class Supervisor:
             part.launch()
         start = Start(self, self.options.start_timeout_s, self.options.hang_timeout_s)
         while not self.stopping and not start.look():
-            time.sleep(TICK_S)
+            self._pause()
         self.ready = not self.stopping
         self._find_stubs()
         self._prober = Prober(
@@ -277,10 +280,25 @@ class Supervisor:
         """
         while not self.stopping:
             self.check()
-            time.sleep(TICK_S)
+            self._pause()
+
+    def _pause(self) -> None:
+        """Sleep for a tick. What was not heard while this process itself was stopped is nobody's fault."""
+        began = time.monotonic()
+        time.sleep(TICK_S)
+        now = time.monotonic()
+        if now - began > STOPPED_S:
+            self._log.info("was_stopped", seconds=round(now - began, 1))
+            self.control.excuse_silence()
+            self._settled_at = now
+            for part in self.parts:
+                part.starts[-1] = now
 
     def check(self) -> None:
         """One look at every part."""
+        if self._guardian.poll() is not None:
+            self._log.error("restart", name="guardian", reason=f"ended with status {self._guardian.returncode}")
+            self._guardian = guardian.start(self.folder, self._shm_prefix)
         for part in self.parts:
             if part.process is not None and part.process.poll() is not None:
                 self._restart(part, f"ended with status {part.process.returncode}")
@@ -420,7 +438,7 @@ class Supervisor:
         return self._spawn(command, os.environ)
 
     def _spawn(self, command: Sequence[str], env: Mapping[str, str]) -> Popen[bytes]:
-        return spawn(command, env, self._output)
+        return spawn(command, {**env, guardian.RUN: str(self.folder)}, self._output)
 
     def _write_state(self) -> None:
         """Where everything is, for scripts: written whole or not at all."""
@@ -480,15 +498,18 @@ class Supervisor:
                 status = end(part.process, timeout_s if self.ready else 0.0)
                 self._log.info("ended", name=part.name, status=status)
         self.control.close()
-        for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
-            region.unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.clear()
+        guardian.dismiss(self._guardian)
         if self._output is not None:
             self._output.close()
 
+    def clear(self) -> None:
+        """Kill what is left of the run at once, and remove its files. Safe in a signal handler."""
+        guardian.clear(self.folder, self._shm_prefix)
+
 
 def remove_leftovers() -> None:
-    """Remove folders and shared memory of supervisors that were killed."""
+    """Remove folders and shared memory of supervisors that were killed together with their guardian."""
     for parent in (Path(tempfile.gettempdir()), Path("/dev/shm")):
         for path in parent.glob(f"{RUNTIME_PREFIX}*"):
             owner = path.name.removeprefix(RUNTIME_PREFIX).split("-")[0]

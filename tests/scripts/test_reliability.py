@@ -21,8 +21,10 @@ from simulate_pages import Simulation, WrongPagesError, simulate
 
 from smc_build.engine_dir import Manifest, load_manifest
 from smc_build.model_config import ModelConfig
+from smc_engines.serving.start import SERVER_START_S
 from smc_plugin.errors import CheckpointError, EngineDirError
 from smc_plugin.reference import pages
+from tests.serving.service import generous_start_s
 
 
 def test_page_operations_agree_with_the_model() -> None:
@@ -147,7 +149,10 @@ def test_rows_of_the_fault_table(tmp_path: Path, wanted: str) -> None:
 
 def test_a_front_that_does_not_answer_is_no_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """smc-serve said that it was ready while its front was stopped; later it gave up for it."""
-    monkeypatch.setattr(faults, "WATCH", ("--start-timeout", "20"))
-    row = faults.while_loading(faults.tiny_engine(tmp_path / "model"), "stop", "openai")
-    assert row["restarts"] == ["openai did not answer within 20 s"]
+    engine = faults.tiny_engine(tmp_path / "model")
+    limit_s = min(generous_start_s(engine, tmp_path), int(SERVER_START_S))
+    monkeypatch.setattr(faults, "WATCH", ("--start-timeout", str(limit_s)))
+    monkeypatch.setattr(faults, "LIMIT_S", faults.LIMIT_S + limit_s)
+    row = faults.while_loading(engine, "stop", "openai")
+    assert row["restarts"] == [f"openai did not answer within {limit_s} s"]
     assert (row["tokens"], row["ended"], row["left"]) == (faults.SHORT, 0, [])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +17,7 @@ pytest.importorskip("tritonclient.grpc", reason="needs requirements/serve-test.t
 pytest.importorskip("fastapi", reason="needs requirements/serve-test.txt: run make serve-env")
 
 from smc_engines.serving.tritonserver import find_installation
-from tests.serving.service import Service
+from tests.serving.service import Service, generous_start_s
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +42,12 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.fixture(scope="session")
+def start_timeout_s(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """See generous_start_s."""
+    return generous_start_s(engine, tmp_path_factory.mktemp("start"))
+
+
 @pytest.fixture(scope="package")  # its watchdog keeps a core busy: it must end before other tests go on
 def service(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service that nobody breaks; it must end with exit status 0 and leave nothing."""
@@ -52,13 +56,3 @@ def service(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     yield running
     status = running.stop()
     assert (status, running.leftovers(state)) == (0, []), running.output()[-4000:]
-
-
-@pytest.fixture(scope="package")
-def start_timeout_s(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
-    """A --start-timeout that healthy parts keep on this machine, however slow it is, and silent ones soon exceed."""
-    started = time.monotonic()
-    running = Service(engine, tmp_path_factory.mktemp("start"))
-    took_s = time.monotonic() - started
-    assert running.stop() == 0
-    return max(8, math.ceil(3 * took_s))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -148,6 +149,15 @@ def minimal(model: str) -> dict[str, Any]:
 def text(responses: list[dict[str, np.ndarray]]) -> str:
     """The joined text of a stream."""
     return "".join(text_of(response) for response in responses)
+
+
+def generous_start_s(engine: Path, folder: Path) -> int:
+    """A --start-timeout that healthy parts meet on this machine: three times what a whole start takes now, at least 8 s."""
+    began = time.monotonic()
+    service = Service(engine, folder)
+    took_s = time.monotonic() - began
+    assert service.stop() == 0, service.output()[-4000:]
+    return max(8, math.ceil(3 * took_s))
 
 
 # A request that settles after every round, so that it streams: with one particle all of them always agree.

@@ -19,6 +19,7 @@ import pytest
 
 from smc_engines import serve_cli
 from smc_engines.serving import tritonserver
+from smc_engines.serving.process import command_line
 from smc_engines.serving.triton_client import ServingError, TritonClient
 from smc_engines.serving.tritonserver import check_python, find_installation
 from smc_plugin.errors import ConfigError
@@ -262,18 +263,92 @@ def test_a_kept_stream_outlives_the_server_and_holds_up_nothing(engine: Path, tm
 
 
 def test_killed_supervisor_takes_everything_with_it(engine: Path, tmp_path: Path) -> None:
+    """Folder and shared memory stayed until the next start, and a stopped stub for ever."""
     service = Service(engine, tmp_path)
     state = service.state
+    os.kill(state["stubs"]["smc"], signal.SIGSTOP)
     service.process.kill()
     service.process.wait()
-    limit = time.monotonic() + 30
-    while time.monotonic() < limit and [name for name in service.leftovers(state) if name.isdigit()]:
-        time.sleep(0.1)
-    assert [name for name in service.leftovers(state) if name.isdigit()] == []
-    from smc_engines.serving.supervisor import remove_leftovers  # noqa: PLC0415
+    wait_for_nothing(service, state)
+    ports = [f"--{name}-port={state[name]}" for name in ("http", "grpc", "metrics", "openai")]
+    (tmp_path / "again").mkdir()
+    again = Service(engine, tmp_path / "again", *ports)  # as a service manager does
+    assert (again.state["grpc"], again.works(), again.stop()) == (state["grpc"], True, 0)
 
-    remove_leftovers()  # what the next start does first
-    assert service.leftovers(state) == []
+
+def wait_for_nothing(service: Service, state: dict[str, Any]) -> None:
+    """Until an ended service has left nothing, its guardian included."""
+    limit = time.monotonic() + BACK_S
+    while (left := service.leftovers(state) + guardians(service)) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert left == []
+
+
+def guardians(service: Service) -> list[int]:
+    """Guardians of a service."""
+    named = {int(path.name): command_line(int(path.name)) for path in Path("/proc").glob("[0-9]*")}
+    return [pid for pid, line in named.items() if line[-1:] == [f"smc-serve-{service.process.pid}-"]]
+
+
+def test_a_killed_guardian_is_replaced(engine: Path, tmp_path: Path) -> None:
+    service = Service(engine, tmp_path)
+    state, (first,) = service.state, guardians(service)
+    os.kill(first, signal.SIGKILL)
+    service.wait(lambda: first not in guardians(service) != [], BACK_S, "a new guardian")
+    service.process.kill()
+    service.process.wait()
+    wait_for_nothing(service, state)
+
+
+def test_a_stopped_supervisor_blames_nobody(engine: Path, tmp_path: Path) -> None:
+    """Back after longer than --hang-timeout, before its executor where a whole container thaws, it restarted that one."""
+    service = Service(engine, tmp_path, "--hang-timeout", "5", "--probe-timeout", "5")
+    state = service.state
+    executor = state["processes"]["executor"]
+    service.process.send_signal(signal.SIGSTOP)
+    assert service.works()
+    os.kill(executor, signal.SIGSTOP)
+    time.sleep(8)
+    service.process.send_signal(signal.SIGCONT)
+    service.wait(lambda: "was_stopped" in service.output(), BACK_S, "it goes on")
+    time.sleep(1)
+    os.kill(executor, signal.SIGCONT)
+    service.wait(service.works, BACK_S, "a request succeeds")
+    time.sleep(3)
+    assert (service.restarts(), service.state) == ([], state)
+    assert service.stop() == 0
+
+
+@pytest.mark.parametrize("phase", ["loading", "draining", "unloading"])
+def test_a_second_signal_ends_at_once(engine: Path, tmp_path: Path, phase: str) -> None:
+    """It ended with status 0 after up to 40 s, and a third left processes."""
+    service = Service(engine, tmp_path, wait=phase != "loading")
+    streams: list[threading.Thread] = []
+    if phase == "draining":
+        streams, _ = start_streams(service, 2)
+    elif phase == "unloading":
+        os.kill(service.state["processes"]["tritonserver"], signal.SIGSTOP)  # it does not end when it is asked
+    else:
+        service.wait(lambda: '"event"' in service.output() or guardians(service) != [], BACK_S, "parts start")
+        time.sleep(1)
+        os.kill(service.process.pid, signal.SIGSTOP)  # so that it does not end by the first before the second comes
+    service.process.send_signal(signal.SIGTERM)
+    if phase == "draining":
+        service.wait(lambda: service.status().get("draining", False), 20, "it drains")
+    elif phase == "unloading":
+        service.wait(lambda: '"name": "openai"' in service.output(), BACK_S, "it ends its parts")
+    service.process.send_signal(signal.SIGINT)
+    service.process.send_signal(signal.SIGCONT)
+    assert service.process.wait(BACK_S) in {128 + signal.SIGINT, 128 + signal.SIGTERM}
+    assert "smc-serve: ending at once" in service.output()
+    own = f"smc-serve-{service.process.pid}-"
+    assert [str(path) for folder in ("/tmp", "/dev/shm") for path in Path(folder).glob(f"{own}*")] == []
+    for stream in streams:
+        stream.join(ERROR_S)
+    limit = time.monotonic() + BACK_S
+    while guardians(service) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert guardians(service) == []
 
 
 def test_numpy_2_is_refused(tmp_path: Path) -> None:
