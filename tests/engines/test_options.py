@@ -115,18 +115,19 @@ def test_the_bonus_of_a_round_that_ends_early_follows_its_last_token(clash: Toy)
 
 
 def test_weighing_until_the_ess_is_low_stops_at_the_first_such_token() -> None:
-    """The example of the module's text, and a group that dies: recovery still wins where it comes first."""
-    no = torch.zeros(3, dtype=torch.bool)
-    log_p = torch.tensor([[[0.1, 1.9, 5.0], [0.0, 0.0, 0.0]]] * 3)
+    """The example of the module's text, and groups that die: recovery counts where it comes first, not after the end."""
+    no = torch.zeros(4, dtype=torch.bool)
+    log_p = torch.tensor([[[0.1, 1.9, 5.0], [0.0, 0.0, 0.0]]] * 4)
     log_p[1, :, 1] = -torch.inf
+    log_p[3, :, 2] = -torch.inf
     weighed = options.weigh_until(
-        torch.zeros(3, 2, dtype=torch.float64),
-        *(log_p, torch.zeros(3, 2, 3), torch.ones(3), torch.full((3, 2), 4), torch.zeros(3, 2, dtype=torch.bool), no),
-        torch.tensor([1.5, 1.5, 0.0], dtype=torch.float64),
+        torch.zeros(4, 2, dtype=torch.float64),
+        *(log_p, torch.zeros(4, 2, 3), torch.ones(4), torch.full((4, 2), 4), torch.zeros(4, 2, dtype=torch.bool), no),
+        torch.tensor([1.5, 1.5, 0.0, 1.5], dtype=torch.float64),
     )
-    assert weighed.committed.tolist() == [2, 1, 3]
-    assert weighed.recovered.tolist() == [False, True, False]
-    np.testing.assert_allclose(weighed.log_weights[:, 0], [2.0, 0.1, 7.0], atol=1e-6)
+    assert weighed.committed.tolist() == [2, 1, 3, 2]
+    assert weighed.recovered.tolist() == [False, True, False, False]
+    np.testing.assert_allclose(weighed.log_weights[:, 0], [2.0, 0.1, 7.0, 2.0], atol=1e-6)
 
 
 @pytest.mark.parametrize("scheme", ["systematic", "stratified", "residual"])
