@@ -10,6 +10,7 @@ from smc_engines.sampling_params import SamplingParams
 from smc_plugin.errors import RequestError
 from smc_plugin.reference import options
 from smc_plugin.reference.resample import Resampled
+from smc_plugin.reference.weights import normalise
 from tests.engines.test_laws import BASE, GROUPS, evidence, grouped
 from tests.toy import Toy, assert_drawn_from, assert_means, info_of, log_softmax, merge_rare, particle_law, sample
 
@@ -217,12 +218,15 @@ def test_what_a_request_asks_of_resampling_is_what_it_gets(toy: Toy) -> None:
     assert survivors["residual"] == pytest.approx(survivors["plain"], abs=1)
 
 
-def test_equal_weights_give_each_particle_one_offspring() -> None:
-    """1/3 is a little less than a third in binary: rounding must not cost a residual scheme its sure offspring."""
-    for particles in (3, 5, 7, 12):
-        flat = torch.zeros(1, particles, dtype=torch.float64)
-        ancestors = options.ancestors_by("residual", flat, torch.zeros_like(flat))
-        assert ancestors.tolist() == [list(range(particles))]
+def test_a_weight_of_one_nth_has_its_sure_offspring() -> None:
+    """Of these weights a fifth comes out as a little less: rounding must not leave a sure offspring to chance."""
+    log_weights = torch.tensor([0.3, 1.0, 1.0, 1.0, 1.7], dtype=torch.float64).log().expand(400, -1).contiguous()
+    assert (normalise(log_weights)[0, 1:4] * 5 < 1).all()
+    uniforms = torch.rand(400, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    ancestors = options.ancestors_by("residual", log_weights, uniforms)
+    counts = torch.nn.functional.one_hot(ancestors, 5).sum(dim=1)
+    assert (counts[:, 1:4] == 1).all()
+    assert counts[:, 0].sum() > 60
 
 
 def test_a_poor_certificate_falls_back_to_the_target_itself(clash: Toy) -> None:
