@@ -218,6 +218,14 @@ def test_what_a_request_asks_of_resampling_is_what_it_gets(toy: Toy) -> None:
     assert survivors["residual"] == pytest.approx(survivors["plain"], abs=1)
 
 
+@pytest.mark.parametrize("scheme", ["systematic", "stratified", "residual"])
+def test_a_dead_tail_has_no_offspring_however_near_to_1_the_uniforms_are(scheme) -> None:
+    """Their last position rounds to the end of the cumulative weights, where the first particle after it begins."""
+    log_weights = torch.tensor([[0.3, 0.1, 0.6, 0.0, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64).log()
+    uniforms = torch.full((1, 8), np.nextafter(1.0, 0.0), dtype=torch.float64)
+    assert options.ancestors_by(scheme, log_weights, uniforms).max() == 2
+
+
 def test_a_weight_of_one_nth_has_its_sure_offspring() -> None:
     """Of these weights a fifth comes out as a little less: rounding must not leave a sure offspring to chance."""
     log_weights = torch.tensor([0.3, 1.0, 1.0, 1.0, 1.7], dtype=torch.float64).log().expand(400, -1).contiguous()
