@@ -1,6 +1,7 @@
 """The options beside plain SMC keep its laws, on the toy of test_laws.py: unbiased where weighed, exact where lossless."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -298,6 +299,17 @@ def test_lossless_rounds_of_a_mix_draw_from_the_target(clash: Toy) -> None:
                 tokens.append(answer[place])
     assert len(rows) > 1500
     assert_follow(np.array(rows), tokens)
+
+
+def test_a_lossless_round_of_a_mix_recovers_nothing(clash: Toy) -> None:
+    """Weighing the drafts of such a round would kill them all now and then; nobody does."""
+    params = replace(BASE, num_particles=2, num_draft_tokens=2, max_tokens=14, ignore_eos=True, top_k=2)
+    params = replace(params, exact_below=0.999, ess_threshold=0.0)
+    infos = [info_of(output) for output in sample(clash.executor(**GROUPS), clash.prompt, params, 60, seed=18)]
+    rounds = [(before.ess < 0.999 * 2, entry) for info in infos for before, entry in pairwise(info.trace)]
+    assert not any(entry.recovered for lossless, entry in rounds if lossless)
+    assert sum(entry.recovered for lossless, entry in rounds if not lossless) > 5
+    assert sum(lossless for lossless, _ in rounds) > 50
 
 
 def test_the_certificate_of_a_mix_is_that_of_its_weights(toy: Toy) -> None:
