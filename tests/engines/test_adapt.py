@@ -54,7 +54,7 @@ def test_the_rule_is_what_its_text_says() -> None:
     late = [(16.0, False, 44 + 17 * index) for index in range(WINDOW)]
     assert choose_draft_tokens(trace((1.0, True, 27), *late), 10, 0.5, 16) == 16
     spread = [(4.0, False, 44 + 17 * index) for index in range(WINDOW)]
-    assert choose_draft_tokens(trace((4.0, False, 27), *spread), 10, 0.5, 16) == 16
+    assert choose_draft_tokens(trace((4.0, False, 27), *spread), 10, 1.0, 16) == 16
 
 
 def last_two(output: RequestOutput) -> dict[tuple[int, ...], float]:
