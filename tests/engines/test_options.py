@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from smc_engines.outputs import RequestOutput
 from smc_engines.sampling_params import SamplingParams
 from smc_plugin.errors import RequestError
 from smc_plugin.reference import options
@@ -262,17 +263,28 @@ def test_a_poor_certificate_falls_back_to_the_target_itself(clash: Toy) -> None:
 
 def test_nothing_is_shown_before_the_certificate_is_known(toy: Toy) -> None:
     executor = toy.executor(**GROUPS)
-    params = replace(BASE, num_particles=2, max_tokens=10, ignore_eos=True, fallback_below=0.0, seed=1)
-    executor.submit("a", toy.prompt, params)
-    outputs = []
-    while executor.has_work:
-        outputs += executor.step()
-    assert info_of(outputs[-1]).fell_back
-    shown = [token for output in outputs for token in output.new_token_ids]
-    assert shown == list(outputs[-1].token_ids)
+
+    def run(params: SamplingParams) -> list[RequestOutput]:
+        executor.submit("a", toy.prompt, params)
+        outputs = []
+        while executor.has_work:
+            outputs += executor.step()
+        return outputs
+
+    params = replace(BASE, num_particles=2, num_draft_tokens=1, max_tokens=12, ignore_eos=True, ess_threshold=1.0)
+    early = 0
+    for seed in range(6):
+        early += len(run(replace(params, seed=seed))) > 1
+        outputs = run(replace(params, fallback_below=0.0, seed=seed))
+        if info_of(outputs[-1]).fell_back:
+            shown = [token for output in outputs for token in output.new_token_ids]
+            assert shown == list(outputs[-1].token_ids)
+        else:
+            assert len(outputs) == 1
+    assert early > 2  # without a fallback some tokens go out before the end
     executor.check_integrity()
     with pytest.raises(RequestError, match="fallback_below needs mode smc"):
-        replace(params, mode="target")
+        replace(params, mode="target", fallback_below=0.0)
 
 
 def test_the_estimated_spread_of_the_evidence_is_about_its_spread(toy: Toy) -> None:
