@@ -30,7 +30,7 @@ from smc_engines.eval import plot, report
 from smc_engines.eval.runner import Answers, Work, run
 from smc_engines.eval.settings import MODES, Setting, grid, parse_axis, parse_numbers, parse_setting, single
 from smc_engines.eval.statistics import summarise
-from smc_engines.eval.tasks import TASKS, load_task
+from smc_engines.eval.tasks import SHOTS, TASKS, load_task
 from smc_engines.executor import Executor
 from smc_engines.sampling_params import SamplingParams
 from smc_plugin.errors import ConfigError, SmcError
@@ -43,6 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", choices=TASKS, default="chain", help="default %(default)s")
     parser.add_argument(
         "--task-config", type=Path, metavar="FILE", help="target/config.json of the pair whose chain task this is"
+    )
+    parser.add_argument(
+        *("--shots",), type=int, metavar="N", help=f"solved examples in front of a few-shot problem; default {SHOTS}"
     )
     parser.add_argument("--problems", type=int, default=100, help="default %(default)s")
     parser.add_argument("--problem-seed", type=int, default=1, help="which problems; default %(default)s")
@@ -120,7 +123,7 @@ def evaluate(args: argparse.Namespace, command: str = "smc-eval") -> dict[str, A
             "them"
         )
     settings, seeds = parse_settings(args), parse_seeds(args.seeds)
-    task = load_task(args.task, args.task_config)
+    task = load_task(args.task, args.task_config, args.shots)
     if args.threads is not None and args.threads < 1:
         raise ConfigError(f"--threads is {args.threads}, expected at least 1: raise it, or leave it out")
     if args.threads is not None:

@@ -1,4 +1,4 @@
-"""What a sweep of scripts/sweep_quality.py found, for docs/quality.md and quality-measured.md: figures, tables, the drawing.
+"""What a sweep of scripts/sweep_quality.py found, for docs/quality-options.md and quality-measured.md: tables and the drawing.
 
     python scripts/quality_report.py collect SWEEP_DIR     # writes docs/benchmarks/quality-sweep.json
     python scripts/quality_report.py render                # that JSON into both pages and docs/images/quality-frontier.png
@@ -43,7 +43,7 @@ from smc_engines.eval.statistics import (  # noqa: E402
 from smc_plugin.errors import ConfigError, SmcError  # noqa: E402
 
 FIGURES = REPOSITORY / "docs" / "benchmarks" / "quality-sweep.json"
-PAGES = REPOSITORY / "docs" / "quality.md", REPOSITORY / "docs" / "quality-measured.md"
+PAGES = tuple(REPOSITORY / "docs" / f"quality-{page}.md" for page in ("options", "measured"))
 DRAWING = REPOSITORY / "docs" / "images" / "quality-frontier.png"
 BASE = {"mode": "smc", "num_particles": 16, "num_draft_tokens": 16}
 RATIOS = (-math.inf, 0.0, 3.0, math.inf)  # bounds of log p/q

@@ -31,6 +31,7 @@ from smc_plugin.errors import ConfigError, SmcError
 
 _PARAMETERS = {field.name for field in dataclasses.fields(SamplingParams)} - {"seed"}
 _PASSED = ("temperature", "top_p", "top_k", "min_p")
+_DEVICE_OF_NOBODY = "cuda:0"  # what the harness says where its command line names no device
 _HEEDED = {*_PASSED, "until", "max_gen_toks", "do_sample"}
 
 
@@ -65,7 +66,8 @@ class SmcModel(LM):
                 f"--model_args names {', '.join(sorted(unknown))}, expected engine, device, groups, seed or one of "
                 f"{', '.join(sorted(_PARAMETERS))}: correct it"
             )
-        config = ExecutorConfig(device=device or ExecutorConfig.device, max_groups=int(groups))
+        chosen = ExecutorConfig.device if device in (None, _DEVICE_OF_NOBODY) else device
+        config = ExecutorConfig(device=chosen, max_groups=int(groups))
         self._executor = Executor.from_engine_dir(engine, config)
         if self._executor.engine.tokenizer is None:
             raise ConfigError(f"engine {engine} has no tokenizer, the harness works on text: build it with one")

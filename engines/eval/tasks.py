@@ -69,31 +69,37 @@ WORDS = (
     ),
 )
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Iris", "Jack", "Kate", "Leo")
-_SHOTS = 6
+SHOTS = 6
 
 
-def load_task(name: str, config: Path | None = None) -> Task:
+def load_task(name: str, config: Path | None = None, shots: int | None = None) -> Task:
     """Make a task.
 
     Args:
         name: see the module's text.
         config: the config.json of a pair that scripts/train_task_pair.py trained, for `chain`; None takes the defaults.
+        shots: solved examples before each problem, for the others; None takes SHOTS.
     Raises:
-        ConfigError: there is no such task, or the file names none.
+        ConfigError: there is no such task, the file names none, or an option that is another task's.
     """
     if name == "chain":
+        if shots is not None:
+            raise ConfigError(f"--shots is {shots}, but the task chain shows no examples: leave it out")
         return _chain_task(_read_chain(config))
     if config is not None:
         raise ConfigError(f"--task-config describes the task chain, got --task {name}: leave it out")
     if name not in _FEW_SHOT:
         known = ", ".join(["chain", *_FEW_SHOT])
         raise ConfigError(f"there is no task {name!r}, expected one of {known}: choose one")
+    shots = SHOTS if shots is None else shots
+    if shots < 0:
+        raise ConfigError(f"--shots is {shots}, expected at least 0: raise it")
     make, max_tokens = _FEW_SHOT[name]
 
     def items(count: int, seed: int) -> list[Item]:
-        return [_few_shot(make, random.Random(f"{name} {seed} {index}"), max_tokens) for index in range(count)]
+        return [_few_shot(make, random.Random(f"{name} {seed} {index}"), shots, max_tokens) for index in range(count)]
 
-    return Task(name, {"shots": _SHOTS}, items, lambda answer, text: " ".join(text.split()) == answer)
+    return Task(name, {"shots": shots}, items, lambda answer, text: " ".join(text.split()) == answer)
 
 
 def _read_chain(config: Path | None) -> ChainTask:
@@ -131,10 +137,11 @@ def _reads_chain(tokenizer: Tokenizer | None, items: Sequence[Item]) -> None:
         )
 
 
-def _few_shot(make: Callable[[random.Random], tuple[str, str]], source: random.Random, max_tokens: int) -> Item:
-    shots = [make(source) for _ in range(_SHOTS + 1)]
-    shown = "".join(f"{question} {answer}\n" for question, answer in shots[:-1])
-    question, answer = shots[-1]
+def _few_shot(
+    make: Callable[[random.Random], tuple[str, str]], source: random.Random, shots: int, max_tokens: int
+) -> Item:
+    *solved, (question, answer) = [make(source) for _ in range(shots + 1)]
+    shown = "".join(f"{question} {answer}\n" for question, answer in solved)
     return Item(shown + question, answer, max_tokens, ("\n",))
 
 

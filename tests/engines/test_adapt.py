@@ -43,6 +43,7 @@ def test_the_rule_is_what_its_text_says() -> None:
     one = trace((5.3, True, 27))
     assert choose_draft_tokens([], 10, 0.5, 16) == 16
     assert choose_draft_tokens(one, 10, 0.5, 16) == 8
+    assert choose_draft_tokens(one, 10, 0.575, 16) == 4  # 8.5 tokens may be drafted, a round of K = 8 has nine
     assert choose_draft_tokens(one, 10, 0.3, 16) == 16
     assert choose_draft_tokens(one, 10, 1.0, 16) == 4
     assert choose_draft_tokens(trace((16.0, False, 27)), 10, 1.0, 16) == 16
@@ -53,7 +54,7 @@ def test_the_rule_is_what_its_text_says() -> None:
     late = [(16.0, False, 44 + 17 * index) for index in range(WINDOW)]
     assert choose_draft_tokens(trace((1.0, True, 27), *late), 10, 0.5, 16) == 16
     spread = [(4.0, False, 44 + 17 * index) for index in range(WINDOW)]
-    assert choose_draft_tokens(trace((4.0, False, 27), *spread), 10, 0.5, 16) == 16
+    assert choose_draft_tokens(trace((4.0, False, 27), *spread), 10, 1.0, 16) == 16
 
 
 def last_two(output: RequestOutput) -> dict[tuple[int, ...], float]:

@@ -12,15 +12,15 @@ from smc_engines import eval_cli
 from smc_engines.eval import report, statistics
 from smc_engines.eval.runner import Answers
 from smc_engines.eval.settings import Setting, grid, parse_axis
-from smc_engines.eval.tasks import Item, Task, load_task
+from smc_engines.eval.tasks import SHOTS, Item, Task, load_task
 from smc_engines.text import Tokenizer
 from smc_plugin.errors import ConfigError, RequestError
 from tests.toy import Toy
 
 
-def letters_task(name: str, config: Path | None = None) -> Task:
+def letters_task(name: str, config: Path | None = None, shots: int | None = None) -> Task:
     """Right is an answer that begins with the letter asked for; the toy knows three letters and no question."""
-    assert (name, config) == ("chain", None)
+    assert (name, config, shots) == ("chain", None, None)
     items = [Item((1, 2), "abc"[index % 3], 4) for index in range(30)]
     return Task("letters", {}, lambda count, seed: items[:count], lambda answer, text: text.startswith(answer))
 
@@ -256,6 +256,23 @@ def test_tasks_are_named_by_their_seed_and_know_their_answers(name: str) -> None
         assert not task.right(item.answer, said + "0")
     with pytest.raises(ConfigError, match="no task 'sums'"):
         load_task("sums")
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "copying", "recall"])
+def test_shots_are_solved_problems_in_front(name: str) -> None:
+    (one,), (three,) = load_task(name, shots=0).items(1, 1), load_task(name, shots=2).items(1, 1)
+    assert isinstance(three.prompt, str)
+    assert three.prompt.startswith(f"{one.prompt} {one.answer}\n")
+    assert len(three.prompt.splitlines()) == 3 * len(str(one.prompt).splitlines())
+    assert load_task(name, shots=2).settings == {"shots": 2}
+    assert load_task(name).items(1, 1) == load_task(name, shots=SHOTS).items(1, 1)
+
+
+def test_shots_that_no_task_shows_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--shots is -1, expected at least 0"):
+        load_task("copying", shots=-1)
+    with pytest.raises(ConfigError, match="--shots is 2, but the task chain shows no examples"):
+        load_task("chain", shots=2)
 
 
 def test_the_interval_covers_as_often_as_it_says() -> None:

@@ -40,15 +40,15 @@ metric_list:
 def test_the_harness_scores_what_the_executor_answers(
     letters: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The right answers of the task are what the executor says with the same seeds, but for one made wrong."""
+    """The right answers of the task are what the executor says with the same seeds, but for one made wrong.
+
+    By the documented command: the harness names the device cuda:0 where nobody names one, which was refused everywhere.
+    """
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    from lm_eval.tasks import TaskManager  # noqa: PLC0415
-
-    from smc_engines.eval.harness import SmcModel  # noqa: PLC0415
+    from smc_engines.eval import harness  # noqa: PLC0415
 
     questions = ["ab", "ba", "bb", "aa"]
-    given = {"num_particles": 3, "num_draft_tokens": 2}
     params = [
         SamplingParams(temperature=1.0, stop=("c",), max_tokens=6, seed=seed, num_particles=3, num_draft_tokens=2)
         for seed in range(4)
@@ -58,11 +58,12 @@ def test_the_harness_scores_what_the_executor_answers(
     lines[2]["answer"] += "x"
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "letters.yaml").write_text(TASK.format(file=tmp_path / "data.jsonl"))
-    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    model = SmcModel(engine=str(letters.engine_dir), device="cpu", **given)
-    found = lm_eval.simple_evaluate(model, tasks=["letters"], task_manager=manager, bootstrap_iters=0)
-    assert found is not None
-    assert found["results"]["letters"]["exact_match,none"] == pytest.approx(0.75)
+    command = ["harness", "run", "--model", "smc", "--tasks", "letters", "--include_path", str(tmp_path)]
+    command += ["--model_args", f"engine={letters.engine_dir},num_particles=3,num_draft_tokens=2"]
+    monkeypatch.setattr("sys.argv", [*command, "--output_path", str(tmp_path / "out")])
+    harness.cli_evaluate()
+    (found,) = (tmp_path / "out").rglob("results_*.json")
+    assert json.loads(found.read_text())["results"]["letters"]["exact_match,none"] == pytest.approx(0.75)
 
 
 def test_a_prompt_begins_once_however_it_was_written() -> None:

@@ -159,7 +159,7 @@ def test_total_variation_falls_as_particles_are_added(toy: Toy) -> None:
 
 
 def test_what_the_draft_hardly_proposes_comes_too_seldom_until_it_is_weighed(toy: Toy) -> None:
-    """Few particles cut tails of p that q does not cover (docs/quality.md); the evidence makes up for them, whatever N."""
+    """Few particles cut tails of p that q does not cover (docs/quality-measured.md); the evidence makes up for it."""
     params = replace(BASE, num_draft_tokens=3, select="argmax")
     law = toy.law(params)
 

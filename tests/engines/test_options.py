@@ -1,15 +1,18 @@
 """The options beside plain SMC keep its laws, on the toy of test_laws.py: unbiased where weighed, exact where lossless."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
+from smc_engines.outputs import RequestOutput
 from smc_engines.sampling_params import SamplingParams
 from smc_plugin.errors import RequestError
 from smc_plugin.reference import options
 from smc_plugin.reference.resample import Resampled
+from smc_plugin.reference.weights import normalise
 from tests.engines.test_laws import BASE, GROUPS, evidence, grouped
 from tests.toy import Toy, assert_drawn_from, assert_means, info_of, log_softmax, merge_rare, particle_law, sample
 
@@ -115,18 +118,19 @@ def test_the_bonus_of_a_round_that_ends_early_follows_its_last_token(clash: Toy)
 
 
 def test_weighing_until_the_ess_is_low_stops_at_the_first_such_token() -> None:
-    """The example of the module's text, and a group that dies: recovery still wins where it comes first."""
-    no = torch.zeros(3, dtype=torch.bool)
-    log_p = torch.tensor([[[0.1, 1.9, 5.0], [0.0, 0.0, 0.0]]] * 3)
+    """The example of the module's text, and groups that die: recovery counts where it comes first, not after the end."""
+    no = torch.zeros(4, dtype=torch.bool)
+    log_p = torch.tensor([[[0.1, 1.9, 5.0], [0.0, 0.0, 0.0]]] * 4)
     log_p[1, :, 1] = -torch.inf
+    log_p[3, :, 2] = -torch.inf
     weighed = options.weigh_until(
-        torch.zeros(3, 2, dtype=torch.float64),
-        *(log_p, torch.zeros(3, 2, 3), torch.ones(3), torch.full((3, 2), 4), torch.zeros(3, 2, dtype=torch.bool), no),
-        torch.tensor([1.5, 1.5, 0.0], dtype=torch.float64),
+        torch.zeros(4, 2, dtype=torch.float64),
+        *(log_p, torch.zeros(4, 2, 3), torch.ones(4), torch.full((4, 2), 4), torch.zeros(4, 2, dtype=torch.bool), no),
+        torch.tensor([1.5, 1.5, 0.0, 1.5], dtype=torch.float64),
     )
-    assert weighed.committed.tolist() == [2, 1, 3]
-    assert weighed.recovered.tolist() == [False, True, False]
-    np.testing.assert_allclose(weighed.log_weights[:, 0], [2.0, 0.1, 7.0], atol=1e-6)
+    assert weighed.committed.tolist() == [2, 1, 3, 2]
+    assert weighed.recovered.tolist() == [False, True, False, False]
+    np.testing.assert_allclose(weighed.log_weights[:, 0], [2.0, 0.1, 7.0, 2.0], atol=1e-6)
 
 
 @pytest.mark.parametrize("scheme", ["systematic", "stratified", "residual"])
@@ -216,12 +220,23 @@ def test_what_a_request_asks_of_resampling_is_what_it_gets(toy: Toy) -> None:
     assert survivors["residual"] == pytest.approx(survivors["plain"], abs=1)
 
 
-def test_equal_weights_give_each_particle_one_offspring() -> None:
-    """1/3 is a little less than a third in binary: rounding must not cost a residual scheme its sure offspring."""
-    for particles in (3, 5, 7, 12):
-        flat = torch.zeros(1, particles, dtype=torch.float64)
-        ancestors = options.ancestors_by("residual", flat, torch.zeros_like(flat))
-        assert ancestors.tolist() == [list(range(particles))]
+@pytest.mark.parametrize("scheme", ["systematic", "stratified", "residual"])
+def test_a_dead_tail_has_no_offspring_however_near_to_1_the_uniforms_are(scheme) -> None:
+    """Their last position rounds to the end of the cumulative weights, where the first particle after it begins."""
+    log_weights = torch.tensor([[0.3, 0.1, 0.6, 0.0, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64).log()
+    uniforms = torch.full((1, 8), np.nextafter(1.0, 0.0), dtype=torch.float64)
+    assert options.ancestors_by(scheme, log_weights, uniforms).max() == 2
+
+
+def test_a_weight_of_one_nth_has_its_sure_offspring() -> None:
+    """Of these weights a fifth comes out as a little less: rounding must not leave a sure offspring to chance."""
+    log_weights = torch.tensor([0.3, 1.0, 1.0, 1.0, 1.7], dtype=torch.float64).log().expand(400, -1).contiguous()
+    assert (normalise(log_weights)[0, 1:4] * 5 < 1).all()
+    uniforms = torch.rand(400, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    ancestors = options.ancestors_by("residual", log_weights, uniforms)
+    counts = torch.nn.functional.one_hot(ancestors, 5).sum(dim=1)
+    assert (counts[:, 1:4] == 1).all()
+    assert counts[:, 0].sum() > 60
 
 
 def test_a_poor_certificate_falls_back_to_the_target_itself(clash: Toy) -> None:
@@ -248,17 +263,28 @@ def test_a_poor_certificate_falls_back_to_the_target_itself(clash: Toy) -> None:
 
 def test_nothing_is_shown_before_the_certificate_is_known(toy: Toy) -> None:
     executor = toy.executor(**GROUPS)
-    params = replace(BASE, num_particles=2, max_tokens=10, ignore_eos=True, fallback_below=0.0, seed=1)
-    executor.submit("a", toy.prompt, params)
-    outputs = []
-    while executor.has_work:
-        outputs += executor.step()
-    assert info_of(outputs[-1]).fell_back
-    shown = [token for output in outputs for token in output.new_token_ids]
-    assert shown == list(outputs[-1].token_ids)
+
+    def run(params: SamplingParams) -> list[RequestOutput]:
+        executor.submit("a", toy.prompt, params)
+        outputs = []
+        while executor.has_work:
+            outputs += executor.step()
+        return outputs
+
+    params = replace(BASE, num_particles=2, num_draft_tokens=1, max_tokens=12, ignore_eos=True, ess_threshold=1.0)
+    early = 0
+    for seed in range(6):
+        early += len(run(replace(params, seed=seed))) > 1
+        outputs = run(replace(params, fallback_below=0.0, seed=seed))
+        if info_of(outputs[-1]).fell_back:
+            shown = [token for output in outputs for token in output.new_token_ids]
+            assert shown == list(outputs[-1].token_ids)
+        else:
+            assert len(outputs) == 1
+    assert early > 2  # without a fallback some tokens go out before the end
     executor.check_integrity()
     with pytest.raises(RequestError, match="fallback_below needs mode smc"):
-        replace(params, mode="target")
+        replace(params, mode="target", fallback_below=0.0)
 
 
 def test_the_estimated_spread_of_the_evidence_is_about_its_spread(toy: Toy) -> None:
@@ -285,6 +311,17 @@ def test_lossless_rounds_of_a_mix_draw_from_the_target(clash: Toy) -> None:
                 tokens.append(answer[place])
     assert len(rows) > 1500
     assert_follow(np.array(rows), tokens)
+
+
+def test_a_lossless_round_of_a_mix_recovers_nothing(clash: Toy) -> None:
+    """Weighing the drafts of such a round would kill them all now and then; nobody does."""
+    params = replace(BASE, num_particles=2, num_draft_tokens=2, max_tokens=14, ignore_eos=True, top_k=2)
+    params = replace(params, exact_below=0.999, ess_threshold=0.0)
+    infos = [info_of(output) for output in sample(clash.executor(**GROUPS), clash.prompt, params, 60, seed=18)]
+    rounds = [(before.ess < 0.999 * 2, entry) for info in infos for before, entry in pairwise(info.trace)]
+    assert not any(entry.recovered for lossless, entry in rounds if lossless)
+    assert sum(entry.recovered for lossless, entry in rounds if not lossless) > 5
+    assert sum(lossless for lossless, _ in rounds) > 50
 
 
 def test_the_certificate_of_a_mix_is_that_of_its_weights(toy: Toy) -> None:
