@@ -221,8 +221,8 @@ def awaited_child(service: Served, part: str) -> int:
     """The same, as soon as it is there."""
     limit = time.monotonic() + LIMIT_S
     while (pid := child(service, part)) is None:
-        if time.monotonic() > limit:
-            raise FaultError(f"{part} was not there after {LIMIT_S:g} s")
+        if time.monotonic() > limit or service.process.poll() is not None:
+            raise FaultError(f"{part} was not there after {LIMIT_S:g} s, or smc-serve ended: {service.log[-1500:]}")
         time.sleep(0.01)
     return pid
 
