@@ -13,6 +13,7 @@ the larger input scale (modelopt gives parts the same one).
 import json
 import math
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -287,10 +288,13 @@ def check_small(path: Path) -> Path:
     """Return the path of a file that is no weights, if it has at most MAX_TEXT_BYTES.
 
     Raises:
-        CheckpointError: it has more.
+        CheckpointError: it has more, or is no plain file: a pipe would be waited for.
         OSError: it is not there.
     """
-    size = path.stat().st_size
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path.name} is a folder or a device, expected a plain file: fetch the checkpoint again")
+    size = status.st_size
     if size > MAX_TEXT_BYTES:
         raise CheckpointError(
             f"{path.name} has {size} bytes, expected at most {MAX_TEXT_BYTES}: do not use this checkpoint"

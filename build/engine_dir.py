@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -108,6 +109,10 @@ class Manifest:
             _check(name, getattr(self, name), isinstance(getattr(self, name), str), "text")
         for name in ("plans", "tactics", "versions"):
             _check(name, getattr(self, name), isinstance(getattr(self, name), dict), "an object")
+        if self.plans:
+            roles = ("target",) if self.draft is None else ("target", "draft")
+            expected = "compiler, version, gpu, and files by role, region and rows that the manifest lists"
+            _check("plans", self.plans, _are_plans(self.plans, roles, self.files), expected)
         _check("dtype", self.dtype, self.dtype in SAFETENSORS_NAMES, f"one of {', '.join(SAFETENSORS_NAMES)}")
         for role, model in (("target", self.target), ("draft", self.draft)):
             if model is not None:
@@ -198,6 +203,24 @@ def _check_model(role: str, entry: ModelEntry, tp: int) -> None:
     for name, value in vars(entry.precision).items():
         known = isinstance(value, str) and value in SAFETENSORS_NAMES
         _check(f"{role} precision {name}", value, known, f"one of {', '.join(SAFETENSORS_NAMES)}")
+
+
+def _are_plans(plans: dict[str, Any], roles: Sequence[str], files: Mapping[str, FileEntry]) -> bool:
+    """Whether `plans` says all that a run time needs, and names only files whose place and hash are checked."""
+    by_role = plans.get("files")
+    if not isinstance(by_role, dict) or not all(isinstance(by_role.get(role), dict) for role in roles):
+        return False
+    tables = [table for regions in by_role.values() if isinstance(regions, dict) for table in regions.values()]
+    return (
+        all(isinstance(plans.get(name), str) for name in ("compiler", "version", "gpu"))
+        and all(isinstance(regions, dict) for regions in by_role.values())
+        and all(isinstance(table, dict) for table in tables)
+        and all(
+            str(rows).isdecimal() and isinstance(name, str) and name in files
+            for table in tables
+            for rows, name in table.items()
+        )
+    )
 
 
 def _model_entry(values: dict[str, Any]) -> ModelEntry:
@@ -354,7 +377,7 @@ def _check_file(path: Path, name: str, entry: FileEntry) -> None:
         )
     if not (path / name).is_file():
         raise EngineDirError(
-            f"{name} is missing, expected {entry.bytes} bytes: copy the engine directory again or rebuild it"
+            f"{name} is missing or no plain file, expected {entry.bytes} bytes: copy the engine directory again or rebuild it"
         )
     size = (path / name).stat().st_size
     if size != entry.bytes:

@@ -229,11 +229,6 @@ def load_plan_regions(
         )
     api.check_gpu(manifest.plans["gpu"])
     files = manifest.plans["files"][role]
-    for name in [name for by_rows in files.values() for name in by_rows.values()]:
-        if name not in manifest.files:  # only what is listed there was checked, its place and its hash
-            raise EngineDirError(
-                f"{path} names the plan {name!r}, expected one of its listed files: do not use this directory"
-            )
     plans = ((region, int(rows), read_file(path, name)) for region in files for rows, name in files[region].items())
     runner = PlanRegions(
         api, manifest.model(role).rank_config, weights, plans, scratch, cache_file(path, role, version)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import ipaddress
 import os
 import random
 import signal
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"smc-serve: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"smc-serve: {error}, expected it to work: check the disk, addresses and permissions", file=sys.stderr)
+        print(f"smc-serve: {error}, expected room, permissions and addresses to use: check them", file=sys.stderr)
         return 1
     return 0
 
@@ -149,7 +150,12 @@ def _serve(options: ServeOptions) -> None:
             os._exit(128 + number)
         supervisor.stopping = True
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if (
+        signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    ):  # nohup's wish; else a terminal that is closed ends it like Ctrl-C
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, stop) for number in numbers}
     try:
         supervisor.start()
         if chosen["--status-port"] is not None:
@@ -213,9 +219,10 @@ def _check_paths(options: ServeOptions) -> None:
 
 def _warning(options: ServeOptions) -> str:
     """What an address beyond this machine opens; empty for the loopback."""
-    if options.host == "localhost" or options.host.startswith("127."):
+    if options.host == "localhost" or _is_loopback(options.host):
         return ""
-    parts = ["gRPC, HTTP and metrics"] + (["the status page"] if (options.status_port or -1) >= 0 else [])
+    shows_status = options.status_port is not None and options.status_port >= 0
+    parts = ["gRPC, HTTP and metrics", *(["the status page"] if shows_status else [])]
     if options.openai_port is not None and options.openai_api_key_file is None:
         parts.append("the OpenAI front")
     opened = ", ".join(parts)
@@ -223,6 +230,13 @@ def _warning(options: ServeOptions) -> str:
         f"--host {options.host} opens {opened} to everybody who can reach this machine: they have no access control, "
         "put a proxy or a firewall before them"
     )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 def _port(host: str, name: str, port: int | None) -> int | None:

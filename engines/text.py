@@ -18,7 +18,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as BackendTokenizer
 
-from smc_build.checkpoint import read_small
+from smc_build.checkpoint import read_small, safe_file
 from smc_build.tokenizer_files import tokenizer_files
 from smc_engines import chat_template
 from smc_engines.token_bytes import Vocabulary, read_vocabulary
@@ -248,7 +248,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """The chat template: its own file first, then the configuration, the one named "default" among several."""
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        try:
+            return read_small(folder / "chat_template.jinja").decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(
+                f"cannot read chat_template.jinja of {folder.name} ({error}), expected UTF-8 text: fetch the file again"
+            ) from None
     template = config.get("chat_template")
     if isinstance(template, list):
         entries = [entry for entry in template if isinstance(entry, dict)]
@@ -270,7 +275,7 @@ def _check_text(folder: Path, name: str, value: object) -> None:
 def _eos_token_ids(folder: Path, config: Mapping[str, Any], backend: BackendTokenizer) -> tuple[int, ...]:
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        value = _read_json(folder / name).get("eos_token_id")
+        value = _read_json(safe_file(folder, name)).get("eos_token_id")
         listed = value if isinstance(value, list) else [value]
         found.update(token for token in listed if isinstance(token, int) and not isinstance(token, bool))
     token = config.get("eos_token")

@@ -94,6 +94,12 @@ def write_list(folder: Path) -> None:
     (folder / LIST).write_text(_HEAD + "".join(rows))
 
 
+def is_allowed(kind: str) -> bool:
+    """Whether every licence that a statement names is of an allowed kind, without conditions of others' making."""
+    parts = re.split(r" and | or |[,;/] ?", kind, flags=re.IGNORECASE)
+    return all(ALLOWED.match(part) for part in parts) and not re.search(r"GPL|Commons Clause", kind, re.IGNORECASE)
+
+
 def problems(folder: Path) -> list[str]:
     """All that is wrong, a line each."""
     wrong = []
@@ -113,7 +119,7 @@ def problems(folder: Path) -> list[str]:
             wrong.append(f"{LIST}: {' '.join(pin)} is pinned and has no licence: {write} where it is installed")
         elif here.get(pin, kind).strip() != kind:
             wrong.append(f"{LIST}: {' '.join(pin)} is listed as {kind!r}, the package says {here[pin]!r}: {write}")
-        elif kind != OTHERS.get(pin[0]) and not all(ALLOWED.match(part) for part in re.split(r" AND | OR |, ", kind)):
+        elif kind != OTHERS.get(pin[0]) and not is_allowed(kind):
             wrong.append(
                 f"{LIST}: {' '.join(pin)} is under {kind!r}, none of the kinds known here: read it, then name it in OTHERS"
             )

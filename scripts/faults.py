@@ -67,6 +67,7 @@ STREAM = {
 }
 LONG, SHORT = 900, 4
 SELF = "smc-serve"
+PORTS = ("http", "grpc", "metrics", "openai", "status")
 STOPPED_S = 14.0  # longer than each of the watchdog's times but one
 LEFT_S = 5.0  # a rank notices within this time that its mpirun is gone
 PROMPT = "hello " * 160  # of a request that is still in its prefill when it is struck
@@ -81,6 +82,21 @@ Row = dict[str, Any]
 
 class FaultError(AssertionError):
     """A row did not go as it must."""
+
+
+def ended_well(status: int) -> int:
+    """The exit status of a smc-serve that was told to end."""
+    if status != 0:
+        raise FaultError(f"smc-serve ended with status {status}, expected 0")
+    return status
+
+
+def free_ports() -> list[int]:
+    """As many different ports as PORTS."""
+    found: set[int] = set()
+    while len(found) < len(PORTS):
+        found.add(free_port("127.0.0.1"))
+    return list(found)
 
 
 def over_openai(service: Served, tokens: int) -> str:
@@ -248,7 +264,7 @@ def while_loading(engine: Path, fault: str, part: str) -> Row:
             "back_s": round(back, 2),
             "restarts": restarts(service.log),
             "tokens": len(over_grpc(service, SHORT)),
-            "ended": service.stop(),
+            "ended": ended_well(service.stop()),
             "left": left_by(service),
         }
 
@@ -281,7 +297,7 @@ def while_draining(engine: Path, fault: str, part: str) -> Row:
         time.sleep(0.2)
         struck = strike(service, part, fault)
         try:
-            status = service.process.wait(LIMIT_S)
+            status = ended_well(service.process.wait(LIMIT_S))
         except subprocess.TimeoutExpired:
             raise FaultError(f"smc-serve still drains after {LIMIT_S:g} s") from None
         ended = time.monotonic() - struck
@@ -298,9 +314,10 @@ def supervisor_struck(engine: Path, fault: str, phase: str) -> Row:
 
     That next start is a service manager's; it comes as soon as nothing is left of the one before.
     """
-    ports = [f"--{name}-port={free_port('127.0.0.1')}" for name in ("http", "grpc", "metrics", "openai", "status")]
+    ports = [f"--{name}-port={port}" for name, port in zip(PORTS, free_ports(), strict=True)]
     with serve(engine, *WATCH, *ports, wait=phase != "loading") as service:
         threads, ends = [], []
+        want = [] if phase == "loading" else over_grpc(service, SHORT)
         if phase == "loading":
             awaited_child(service, "stub")
         elif phase == "prefill":
@@ -317,13 +334,15 @@ def supervisor_struck(engine: Path, fault: str, phase: str) -> Row:
         left = left_by(service)
         with serve(engine, *WATCH, *ports) as again:
             tokens = len(over_grpc(again, SHORT)) if over_openai(again, SHORT) else 0
+            if want and over_grpc(again, SHORT) != want:
+                raise FaultError(f"the answer was another one after the fault, expected {want}")
             back = time.monotonic() - struck
             seen, error = ended_clients(threads, ends)
             row: Row = {
                 "clients": seen,
                 "back_s": round(back, 2),
                 "tokens": tokens,
-                "ended": again.stop(),
+                "ended": ended_well(again.stop()),
                 "left": left,
             }
         return row | ({"error_s": round(error - struck, 2)} if threads else {})
@@ -348,7 +367,7 @@ def stopped_supervisor(
         raise FaultError(f"parts that were well did not serve or were started again: {restarts(service.log)}")
     if phase == "loading":
         over_grpc(service, SHORT)
-    status = service.process.wait(LIMIT_S) if phase == "draining" else service.stop()
+    status = ended_well(service.process.wait(LIMIT_S) if phase == "draining" else service.stop())
     row: Row = {"clients": seen, "status": status, "restarts": restarts(service.log), "left": left_by(service)}
     return row | ({"ended_s": round(time.monotonic() - went_on, 2)} if phase == "draining" else {})
 
@@ -460,7 +479,7 @@ def files(engine: Path, folder: Path) -> Iterator[tuple[str, Callable[[], Row]]]
     def disk_full_for_logs() -> Row:
         with serve(engine, *WATCH, "--log-file", "/dev/full") as service:
             over_grpc(service, SHORT)
-            return {"clients": ["whole"], "status": service.stop()}
+            return {"clients": ["whole"], "status": ended_well(service.stop())}
 
     yield "disk full for logs", disk_full_for_logs
     yield "the executor gets no more memory, long prompts", lambda: memory_ends(engine)
@@ -490,7 +509,12 @@ def memory_ends(engine: Path) -> Row:
         service.wait(works, LIMIT_S, "a request succeeds again")
         back_s = time.monotonic() - struck
         seen = sorted({end for end, _ in ends})
-        return {"clients": seen, "error_s": round(error_s, 2), "back_s": round(back_s, 2), "ended": service.stop()}
+        return {
+            "clients": seen,
+            "error_s": round(error_s, 2),
+            "back_s": round(back_s, 2),
+            "ended": ended_well(service.stop()),
+        }
 
 
 def flipped_plan(engine: Path, folder: Path, executor: list[str]) -> Row:
@@ -523,7 +547,7 @@ def clock_jumps(engine: Path, folder: Path) -> Row:
         dates = set(re.findall(r'"time": "(\d+-\d+-\d+)T', service.log))
         if seen != ["whole"] or service.log.count("restart") != logged or len(dates) != 3:
             raise FaultError(f"streams ended {seen}, log of {sorted(dates)}: {service.log[-800:]}")
-        return {"clients": seen, "status": service.stop()}
+        return {"clients": seen, "status": ended_well(service.stop())}
 
 
 def _make_unreadable(weights: Path) -> Callable[[Path], object]:
@@ -575,9 +599,13 @@ def rank_rows(folder: Path, wanted: str) -> Iterator[Row]:
     """The ranks of an executor that is spread over two; a service for each phase, or it were restarted too often."""
     phases = ("prefill", "streaming", "idle")
     cases = list(itertools.product(SIGNALS, RANKS, (*phases, "loading", "draining")))
-    if not any(wanted in "{} {}, {}".format(*case) for case in cases):
+    own = {f"kill {SELF} with ranks, {phase}": phase for phase in ("streaming", "loading")}
+    if not any(wanted in name for name in (*("{} {}, {}".format(*case) for case in cases), *own)):
         return
     engine = tiny_engine(folder, ranks=len(RANKS))
+    for name, phase in own.items():
+        if wanted in name:
+            yield attempt(name, functools.partial(supervisor_struck, engine, "kill", phase))
     for phase in phases:
         yield from lasting_rows(engine, [case for case in cases if case[2] == phase], wanted)
     yield from ending_rows(engine, RANKS, wanted)

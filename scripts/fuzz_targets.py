@@ -236,6 +236,8 @@ class Targets:
         self._config = json.loads((self._checkpoint / "config.json").read_text())
         self._tokenizer = json.loads((self._checkpoint / "tokenizer.json").read_text())
         self._manifest = json.loads((self.engine / "manifest.json").read_text())
+        files = {"target": {"entry": {"8": "target/config.json"}}}
+        self._manifest["plans"] = {"compiler": "tensorrt-rtx", "version": "1", "gpu": "portable", "files": files}
         self._weights = (self._checkpoint / "model.safetensors").read_bytes()
         self._shard_path = self.engine / "target" / "weights" / "rank0.safetensors"
         self._shard = self._shard_path.read_bytes()
@@ -356,6 +358,8 @@ class Targets:
             "chat_template": "{{ messages[0].content }}",
         }
         (folder / "tokenizer_config.json").write_text(_dump(mutate(plain, choices)))
+        if choices.pick(8) == 7:
+            (folder / "chat_template.jinja").write_bytes(data)
         try:
             with self._judged():
                 fingerprint(folder)
@@ -367,6 +371,7 @@ class Targets:
                     tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
         finally:
             (folder / "tokenizer_config.json").unlink()
+            (folder / "chat_template.jinja").unlink(missing_ok=True)
             (folder / "tokenizer.json").write_text(_dump(self._tokenizer))
 
     def parameters(self, data: bytes) -> None:

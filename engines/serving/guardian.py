@@ -45,9 +45,8 @@ def dismiss(guardian: subprocess.Popen[bytes]) -> None:
 def clear(folder: str | Path, shm_prefix: str) -> None:
     """Kill every process of a run, and remove its shared memory and its folder. Safe in a signal handler."""
     limit, empty_looks = time.monotonic() + GONE_S, 0
-    while (
-        empty_looks < 2 and time.monotonic() < limit
-    ):  # a process has no environment for a moment while it is replaced
+    # more than one: a process has no environment for a moment while it becomes another program
+    while empty_looks < 3 and time.monotonic() < limit:
         pids = processes(folder)
         empty_looks = 0 if pids else empty_looks + 1
         for pid in pids:
@@ -55,7 +54,8 @@ def clear(folder: str | Path, shm_prefix: str) -> None:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(LOOK_S)
     for region in Path("/dev/shm").glob(f"{shm_prefix}*"):
-        region.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another user's
+            region.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -21,7 +21,6 @@ import math
 import os
 import queue
 import resource
-import shutil
 import sys
 import tempfile
 import time
@@ -213,15 +212,17 @@ class Supervisor:
         start = Start(self, self.options.start_timeout_s, self.options.hang_timeout_s)
         while not self.stopping and not start.look():
             self._pause()
-        self.ready = not self.stopping
+        if self.stopping:
+            return
         self._find_stubs()
+        self._write_state()
+        self.ready = True
         self._prober = Prober(
             self._probes(),
             self.options.probe_interval_s,
             self.options.probe_timeout_s,
             lambda *result: self._results.put(result),
         )
-        self._write_state()
 
     def answers(self, part: Part) -> bool:
         """Whether a part that starts is there: an executor or a front that answers, a server that has loaded its models."""
@@ -284,6 +285,10 @@ class Supervisor:
 
     def _pause(self) -> None:
         """Sleep for a tick. What was not heard while this process itself was stopped is nobody's fault."""
+        if self._guardian.poll() is not None:
+            self._log.error("restart", name="guardian", reason=f"ended with status {self._guardian.returncode}")
+            with contextlib.suppress(OSError):  # no room for a process: at the next tick
+                self._guardian = guardian.start(self.folder, self._shm_prefix)
         began = time.monotonic()
         time.sleep(TICK_S)
         now = time.monotonic()
@@ -296,9 +301,6 @@ class Supervisor:
 
     def check(self) -> None:
         """One look at every part."""
-        if self._guardian.poll() is not None:
-            self._log.error("restart", name="guardian", reason=f"ended with status {self._guardian.returncode}")
-            self._guardian = guardian.start(self.folder, self._shm_prefix)
         for part in self.parts:
             if part.process is not None and part.process.poll() is not None:
                 self._restart(part, f"ended with status {part.process.returncode}")
@@ -307,7 +309,7 @@ class Supervisor:
         if self._absence_s() > self.options.start_timeout_s:
             self._restart(self.executor, f"did not answer within {self.options.start_timeout_s:g} s")
         for model, pid in self._stubs.items():
-            if not command_line(pid):
+            if not _is_stub(command_line(pid)):
                 self._heal_stub(model, pid)
                 break
         if not self.control.connected:
@@ -348,7 +350,11 @@ class Supervisor:
             raise SmcError(
                 f"{part.name} ended {CRASH_LIMIT + 1} times within {CRASH_WINDOW_S:g} s, expected it to serve: see its messages"
             )
-        self.replace(part)
+        try:
+            self.replace(part)
+        except OSError as error:  # no room for a process: the next look finds it dead and tries again
+            self._log.error("not_started", name=part.name, reason=str(error))
+            return
         if part is self.server:
             self._wait_for_server()
         self._settled_at = time.monotonic()
@@ -405,7 +411,7 @@ class Supervisor:
         if self.server.process is not None:
             for pid in group_members(self.server.process.pid):
                 arguments = command_line(pid)
-                if len(arguments) > 1 and arguments[0].endswith("triton_python_backend_stub"):
+                if _is_stub(arguments):
                     self._stubs[Path(arguments[1]).parents[1].name] = pid
         return self._stubs
 
@@ -441,7 +447,11 @@ class Supervisor:
         return spawn(command, {**env, guardian.RUN: str(self.folder)}, self._output)
 
     def _write_state(self) -> None:
-        """Where everything is, for scripts: written whole or not at all."""
+        """Where everything is, for scripts: written whole or not at all; later a full disk is no reason to end.
+
+        Raises:
+            SmcError: it cannot be written before anything is ready.
+        """
         if self.options.state_file is None:
             return
         state = {
@@ -455,8 +465,15 @@ class Supervisor:
         }
         path = Path(self.options.state_file)
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(state, indent=2))
-        partial.replace(path)
+        try:
+            partial.write_text(json.dumps(state, indent=2))
+            partial.replace(path)
+        except OSError as error:
+            if not self.ready:  # whoever asked for it waits for it
+                raise SmcError(
+                    f"--state-file {path} cannot be written ({error.strerror}), expected a disk with room: correct the path"
+                ) from None
+            self._log.error("state_not_written", path=str(path), reason=str(error.strerror))
 
     def drain(self) -> None:
         """End in order: no new requests, streams finish, then the front, the server and the executor go."""
@@ -508,13 +525,23 @@ class Supervisor:
         guardian.clear(self.folder, self._shm_prefix)
 
 
+def _is_stub(arguments: Sequence[str]) -> bool:
+    return len(arguments) > 1 and arguments[0].endswith("triton_python_backend_stub")
+
+
 def remove_leftovers() -> None:
-    """Remove folders and shared memory of supervisors that were killed together with their guardian."""
+    """End and remove what supervisors left that were killed together with their guardian."""
     for parent in (Path(tempfile.gettempdir()), Path("/dev/shm")):
         for path in parent.glob(f"{RUNTIME_PREFIX}*"):
             owner = path.name.removeprefix(RUNTIME_PREFIX).split("-")[0]
-            if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            # one of this number is from before, where a container's processes are numbered anew
+            if not owner.isdecimal() or (owner != str(os.getpid()) and Path(f"/proc/{owner}").exists()):
+                continue
+            if path.is_dir():
+                guardian.clear(path, f"{RUNTIME_PREFIX}{owner}-")
+            else:
+                with contextlib.suppress(OSError):  # another user's
+                    path.unlink(missing_ok=True)
 
 
 def check_ports(ports: Mapping[str, int | None]) -> None:

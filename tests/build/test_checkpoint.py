@@ -209,6 +209,15 @@ def test_a_header_that_is_too_large_is_refused(header_bytes: int, tmp_path: Path
         Checkpoint(folder)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match=f"^{name} is a folder or a device, expected a plain file: fetch"):
+        build_engine(BuildOptions(str(folder), draft="none", output=tmp_path / "engine"))
+
+
 @pytest.mark.parametrize("content", ["", "[1]", "[" * 100_000, '{"model_type": "llama"'])
 def test_a_broken_config_is_refused(content: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model")

@@ -171,6 +171,32 @@ def test_the_advised_copy_of_an_engine_directory_has_no_links(engine: Path, tmp_
     assert load_manifest(tmp_path / "copy").files
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"compiler": None},
+        {"gpu": 3},
+        {"files": []},
+        {"files": {"target": {"entry": {"8": "target/config.json"}}}},
+        {"files": {"target": {}, "draft": []}},
+        {"files": {"target": {"entry": ["target/config.json"]}, "draft": {}}},
+        {"files": {"target": {"entry": {"eight": "target/config.json"}}, "draft": {}}},
+        {"files": {"target": {"entry": {"8": "../outside"}}, "draft": {}}},
+        {"files": {"target": {"entry": {"8": ["target/config.json"]}}, "draft": {}}},
+        {"files": {"target": {}, "draft": {}, "other": 1}},
+    ],
+)
+def test_plans_that_say_too_little_are_refused(engine: Path, change: dict[str, object]) -> None:
+    """Each was a traceback when the plans were to be loaded."""
+    files = {role: {"entry": {"8": f"{role}/config.json"}} for role in ("target", "draft")}
+    good = {"compiler": "tensorrt-rtx", "version": "1", "gpu": "portable", "files": files}
+    edit(engine, plans=good)
+    assert load_manifest(engine).plans == good
+    edit(engine, plans={name: value for name, value in {**good, **change}.items() if value is not None})
+    with pytest.raises(EngineDirError, match=r"plans is .*, expected compiler, version, gpu, and files by role"):
+        load_manifest(engine)
+
+
 def test_a_manifest_has_a_size_limit(engine: Path) -> None:
     path = engine / "manifest.json"
     text = path.read_bytes()

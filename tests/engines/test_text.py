@@ -161,6 +161,23 @@ def test_chat_template_cannot_reach_out_of_its_sandbox(byte_level):
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
 
 
+def test_a_template_that_is_no_text_is_a_checkpoint_error(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"{{ messages }}\xff")
+    with pytest.raises(CheckpointError, match=r"cannot read chat_template\.jinja .*, expected UTF-8 text: fetch"):
+        Tokenizer.load(tmp_path)
+
+
+def test_end_tokens_are_not_read_from_outside(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_folder(folder)
+    (tmp_path / "outside.json").write_text('{"eos_token_id": 7}')
+    (folder / "generation_config.json").symlink_to(tmp_path / "outside.json")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        Tokenizer.load(folder)
+
+
 def test_broken_template_is_a_checkpoint_error():
     tokenizer = Tokenizer(byte_level_backend(), template="{% if %}")
     with pytest.raises(CheckpointError, match="does not parse"):

@@ -341,14 +341,84 @@ def test_a_second_signal_ends_at_once(engine: Path, tmp_path: Path, phase: str) 
     service.process.send_signal(signal.SIGCONT)
     assert service.process.wait(BACK_S) in {128 + signal.SIGINT, 128 + signal.SIGTERM}
     assert "smc-serve: ending at once" in service.output()
-    own = f"smc-serve-{service.process.pid}-"
-    assert [str(path) for folder in ("/tmp", "/dev/shm") for path in Path(folder).glob(f"{own}*")] == []
+    own, limit = f"smc-serve-{service.process.pid}-", time.monotonic() + BACK_S
+    places = (tempfile.gettempdir(), "/dev/shm")
+    assert [str(path) for folder in places for path in Path(folder).glob(f"{own}*")] == []
+    while running_of(own) and time.monotonic() < limit:  # a killed process takes a moment to go
+        time.sleep(0.1)
+    assert running_of(own) == []
     for stream in streams:
         stream.join(ERROR_S)
     limit = time.monotonic() + BACK_S
     while guardians(service) and time.monotonic() < limit:
         time.sleep(0.05)
     assert guardians(service) == []
+
+
+def running_of(prefix: str) -> list[int]:
+    """Processes of a run, by what its folder's name begins with."""
+    found = []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if prefix.encode() in environment.read_bytes():
+                found.append(int(environment.parent.name))
+    return found
+
+
+def test_what_a_run_left_that_lost_its_guardian_too_ends_with_the_next_start(engine: Path, tmp_path: Path) -> None:
+    """Its folder was removed, a stopped stub stayed, and nobody could tell any more whose it was."""
+    service = Service(engine, tmp_path)
+    state, (guardian,) = service.state, guardians(service)
+    os.kill(state["stubs"]["smc"], signal.SIGSTOP)
+    service.process.send_signal(signal.SIGSTOP)  # it would start another guardian
+    os.kill(guardian, signal.SIGKILL)
+    service.process.kill()
+    service.process.wait()
+    own = f"smc-serve-{service.process.pid}-"
+    assert state["stubs"]["smc"] in running_of(own)
+    (tmp_path / "again").mkdir()
+    again = Service(engine, tmp_path / "again")
+    assert running_of(own) == []
+    assert service.leftovers(state) == []
+    assert (again.works(), again.stop()) == (True, 0)
+
+
+def test_a_state_file_that_cannot_be_written_ends_nothing_that_serves(engine: Path, tmp_path: Path) -> None:
+    """A full disk there ended smc-serve at the next restart of any part."""
+    service = Service(engine, tmp_path)
+    executor = service.state["processes"]["executor"]
+    (tmp_path / "state.partial").mkdir()
+    os.kill(executor, signal.SIGKILL)
+    service.wait(lambda: "state_not_written" in service.output(), BACK_S, "it is noticed")
+    service.wait(service.works, BACK_S, "a request succeeds")
+    (tmp_path / "state.partial").rmdir()
+    os.kill(service.state["processes"]["openai"], signal.SIGKILL)
+    service.wait(lambda: service.state["processes"]["executor"] != executor, BACK_S, "it is written again")
+    assert service.stop() == 0
+
+
+def test_a_state_file_that_cannot_be_written_at_the_start_is_an_error(engine: Path, tmp_path: Path) -> None:
+    (tmp_path / "state.partial").mkdir()
+    service = Service(engine, tmp_path, wait=False)
+    assert service.process.wait(BACK_S) == 1
+    assert (
+        service.output()
+        .splitlines()[-1]
+        .startswith(f"smc-serve: --state-file {tmp_path}/state.json cannot be written (")
+    )
+    assert running_of(f"smc-serve-{service.process.pid}-") == []
+
+
+def test_a_closed_terminal_drains(engine: Path, tmp_path: Path) -> None:
+    service = Service(engine, tmp_path)
+    state = service.state
+    threads, answers = start_streams(service, 1)
+    service.process.send_signal(signal.SIGHUP)
+    assert service.process.wait(BACK_S) == 0
+    for thread in threads:
+        thread.join(BACK_S)
+    assert answers
+    wait_for_nothing(service, state)
 
 
 def test_numpy_2_is_refused(tmp_path: Path) -> None:

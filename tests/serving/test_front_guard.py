@@ -156,5 +156,9 @@ def test_an_open_address_says_what_it_opens() -> None:
     assert all(
         word in opened for word in ("gRPC, HTTP and metrics", "status page", "OpenAI front", "no access control")
     )
+    assert "status page" in _warning(ServeOptions(engine="", host="0.0.0.0", status_port=0))
+    assert "status page" not in _warning(ServeOptions(engine="", host="0.0.0.0", status_port=-1))
+    assert [host for host in ("127.0.0.2", "::1", "localhost") if _warning(ServeOptions(engine="", host=host))] == []
+    assert _warning(ServeOptions(engine="", host="127.example.org")) != ""
     guarded = ServeOptions(engine="", host="0.0.0.0", openai_port=1, openai_api_key_file="keys")
     assert "OpenAI front" not in _warning(guarded)
