@@ -430,8 +430,8 @@ def files(engine: Path, folder: Path) -> Iterator[tuple[str, Callable[[], Row]]]
         "a flipped bit in the weights": (lambda copy: flip(copy / weights), "is damaged: SHA-256"),
         "a flipped bit in the tokenizer": (lambda copy: flip(copy / "tokenizer/tokenizer.json"), "is damaged: SHA-256"),
         "truncated weights": (lambda copy: os.truncate(copy / weights, 1000), "has 1000 bytes, expected"),
-        "missing weights": (lambda copy: (copy / weights).unlink(), "is missing, expected"),
-        "unreadable weights": (_make_unreadable(weights), "is missing, expected"),
+        "missing weights": (lambda copy: (copy / weights).unlink(), "is missing or no plain file, expected"),
+        "unreadable weights": (_make_unreadable(weights), "is missing or no plain file, expected"),
         "a truncated manifest": (lambda copy: os.truncate(copy / "manifest.json", 100), "cannot read manifest.json"),
         "weights that are a link out of the directory": (
             _make_link(weights),
