@@ -128,7 +128,11 @@ class Spy:
 def test_who_runs_follows_the_tactics(monkeypatch: pytest.MonkeyPatch, tuned_plans: bool) -> None:
     manifest, _ = random_engine(BuildOptions("llama-1b", draft="none", dtype="float32", max_seq_len=64))
     found = FOUND if tuned_plans else replace(FOUND, regions={"block": {8: FOUND.regions["block"][8]}})
-    manifest = replace(manifest, tactics={"gpu": "some GPU", "models": {"target": found.to_dict()}}, plans={"some": 1})
+    manifest = replace(
+        manifest,
+        tactics={"gpu": "some GPU", "models": {"target": found.to_dict()}},
+        plans={"compiler": "tensorrt-rtx", "version": "1", "gpu": "portable", "files": {"target": {}, "draft": {}}},
+    )
 
     def spies(wanted: set[str], *_: object) -> dict[str, Spy]:
         return {name: Spy(name) for name in {*wanted, "torch"}}
