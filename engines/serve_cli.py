@@ -151,9 +151,8 @@ def _serve(options: ServeOptions) -> None:
         supervisor.stopping = True
 
     numbers = [signal.SIGTERM, signal.SIGINT]
-    if (
-        signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
-    ):  # nohup's wish; else a terminal that is closed ends it like Ctrl-C
+    # a terminal that is closed ends it like Ctrl-C, unless nohup had it ignored
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
     previous = {number: signal.signal(number, stop) for number in numbers}
     try:
