@@ -408,9 +408,14 @@ def candidate_tactics(product: Product, gpu: Gpu) -> list[Tactic]:
         splits = 1
         while programs * splits * 4 <= 3 * sms and inner // (splits * 2) >= 2 * tile_inner:
             splits *= 2
-        fewer, more = max(1, splits // 2), 2 * splits
-        can_more = programs * more <= 3 * sms and inner // more >= 2 * tile_inner
-        for parts in (splits, fewer, more) if can_more else (splits, fewer):
+        numbers = [splits, max(1, splits // 2)]
+        if programs * 2 * splits <= 3 * sms:
+            numbers.append(2 * splits)
+        # As many as run at once, for widths that powers of two suit badly: 40 tiles on 132 multiprocessors, 3 splits.
+        numbers.append(max(1, sms // programs))
+        for parts in dict.fromkeys(numbers):
+            if parts > splits and inner // parts < 2 * tile_inner:
+                continue
             prefetch = _prefetch_rows(product, tile_columns, inner // parts)
             found.append(Tactic(tile_rows, tile_columns, tile_inner, parts, _warps(tile_rows), stages, prefetch))
     # The best of the other order last: weights that are widened and many rows want them on the left.

@@ -140,6 +140,16 @@ def test_candidates_start_with_the_default_and_fit_a_multiprocessor(
         assert used <= GPUS[gpu].shared_bytes
 
 
+@pytest.mark.parametrize(
+    ("columns", "tiles", "splits"), [(5120, 128, 3), (2560, 64, 3), (2560, 128, 6), (3072, 128, 5)]
+)
+def test_some_candidate_keeps_all_multiprocessors_busy(columns: int, tiles: int, splits: int) -> None:
+    """The qkv of Llama-70B over two and four ranks, of Llama-8B over two: powers of two leave 40 % idle, or take two turns."""
+    found = kernels.candidate_tactics(Product(72, columns, 4096), GPUS["H100"])
+    assert (tiles, splits) in {(tactic.columns, tactic.splits) for tactic in found}
+    assert 0.9 * 132 <= columns // tiles * splits <= 132
+
+
 def fp8(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """FP8 weights, one scale a row, and what they stand for in float64."""
     values, scale = normal(*shape, seed=seed), normal(shape[0], seed=9).abs() / 64 + 1e-3
