@@ -6,15 +6,13 @@ themselves and writes them to their pages. The first tile of old keys and values
 still runs. Pages that all sequences of a group share (a prompt's, for its particles) are read once for all of them, by
 programs of their own that come first in the grid; each sequence's own program waits for their parts at its end: 8 particles
 of Llama-1B with 4096 tokens in common read 8 MB a layer in place of 67. `rope_and_write` and `paged_attention` mirror the
-reference and serve prefill chunks of more than 64 tokens.
+reference and serve long prefill chunks.
 
 A program serves one sequence and one KV head with all query heads that share it: Llama-8B scoring K + 1 = 9 tokens has
-9 * 4 = 36 query rows, padded to 64. Where these are more than 64 rows, the query heads are cut into units, each for a program
-of its own, next to the others in the grid: Llama-70B's 9 * 8 rows are two units of 36. All take the new keys and values from
-the qkv rows; the first unit writes them to the pages, none reads them there. A long context is split over programs, a short
-one is not: how many parts there are is decided on the device, so that a captured pass suits every length; the last program to
-finish a (sequence, unit) combines the parts. Sequences are the fastest in the grid: those that share too few pages to read
-them once still read them at about the same time, so that all but the first find them in the L2 cache.
+9 * 4 = 36 query rows, padded to 64. A long context is split over programs, a short one is not: how many parts there are
+is decided on the device, so that a captured pass suits every length; the last program to finish a (sequence, KV head)
+combines the parts. Sequences are the fastest in the grid: those that share too few pages to read them once still read them at
+about the same time, so that all but the first find them in the L2 cache.
 Positions at or beyond a sequence's length are masked on load: garbage there, NaN included, is never used.
 """
 
@@ -52,7 +50,7 @@ from smc_plugin.kernels.rope import AttentionContext, check_shapes, make_context
 
 __all__ = ["AttentionContext", "attend", "make_context", "paged_attention", "rope_and_write"]
 
-_FUSED_ROWS = 64  # query rows a program holds; where one head has more, it takes two launches
+_FUSED_ROWS = 64  # query rows a program holds; a (sequence, KV head) with more takes the two-launch path
 _LEAST_CHUNK = 512  # tokens of the context that one program takes before others help
 _LEAST_SHARED = 512  # tokens that a group must share to be worth programs of their own
 _FEW_QUERIES = 2  # new tokens that are folded in one by one, without a tile
@@ -65,16 +63,13 @@ def _shared_part(
     shared, acc_parts, stat_parts, done, scale_log2, eps, num_heads, kv_heads, num_queries, num_groups, group_size,
     num_blocks, num_splits, own_splits, min_chunk, least_shared,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr, OWN_ROWS: tl.constexpr,
-    TOKENS: tl.constexpr, SEQUENCES: tl.constexpr, QUERIES: tl.constexpr, HEAD_PARTS: tl.constexpr,
-    NORM: tl.constexpr, PDL: tl.constexpr,
+    TOKENS: tl.constexpr, SEQUENCES: tl.constexpr, QUERIES: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One part of the pages that a group's sequences share, for the queries of SEQUENCES of them."""
-    units = kv_heads * HEAD_PARTS
-    unit = program % units
-    kv_head = unit // HEAD_PARTS
-    block = program // units % num_blocks
-    group = program // (units * num_blocks) % num_groups
-    split = program // (units * num_blocks * num_groups)
+    kv_head = program % kv_heads
+    block = program // kv_heads % num_blocks
+    group = program // (kv_heads * num_blocks) % num_groups
+    split = program // (kv_heads * num_blocks * num_groups)
     leader = group * group_size
     first_position = tl.load(start + leader, cache_modifier=".cg").to(tl.int32) + offset
     tokens = shared_tokens(shared, group, first_position, least_shared, PAGE_SIZE)
@@ -94,7 +89,7 @@ def _shared_part(
         is_row = (row < SEQUENCES * EACH) & (place < group_size)
         line = ((leader + place) * num_queries + own_row // GROUP).to(tl.int64)
         first, second = rotated_queries(
-            query, row_stride, line, unit * GROUP + own_row % GROUP, is_row, cos, sin, q_norm, eps,
+            query, row_stride, line, kv_head * GROUP + own_row % GROUP, is_row, cos, sin, q_norm, eps,
             NORM, HEAD_DIM // 2,
         )  # fmt: skip
         q = joined(first, second, ROWS, HEAD_DIM)
@@ -111,14 +106,14 @@ def _shared_part(
             top, total, acc = attend_tile(q, keys.to(q.dtype), values.to(q.dtype), visible, top, total, acc, scale_log2)
             keys, values = next_keys, next_values
         # Beside the parts that the sequences' own programs store.
-        part = ((leader + place) * units + unit).to(tl.int64) * (own_splits + num_splits) + own_splits + split
+        part = ((leader + place) * kv_heads + kv_head).to(tl.int64) * (own_splits + num_splits) + own_splits + split
         own = part * OWN_ROWS + own_row
         tl.store(acc_parts + own[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :], acc, mask=is_row[:, None])
         stat = stat_parts + part * (2 * OWN_ROWS) + own_row
         tl.store(stat, top, mask=is_row)
         tl.store(stat + OWN_ROWS, total, mask=is_row)
         tl.debug_barrier()
-        tl.atomic_add(done + group * units + unit, 1, sem="release")
+        tl.atomic_add(done + group * kv_heads + kv_head, 1, sem="release")
 
 
 @triton.jit
@@ -181,7 +176,6 @@ def _attention_kernel(  # noqa: PLR0912, PLR0915 - one idea: a program's queries
     TOKENS: tl.constexpr,
     NEW: tl.constexpr,
     QUERIES: tl.constexpr,
-    HEAD_PARTS: tl.constexpr,
     FUSED: tl.constexpr,
     NORM: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -194,30 +188,26 @@ def _attention_kernel(  # noqa: PLR0912, PLR0915 - one idea: a program's queries
     HALF: tl.constexpr = HEAD_DIM // 2
     SHARED: tl.constexpr = SHARED_ROWS > 0
     program = tl.program_id(0)
-    # GROUP query heads, one of the HEAD_PARTS parts of those that share a KV head, are a unit.
-    units = kv_heads * HEAD_PARTS
     if SHARED:
-        shared_programs = num_groups * shared_blocks * units * shared_splits
-        done = arrivals + batch * units
+        shared_programs = num_groups * shared_blocks * kv_heads * shared_splits
+        done = arrivals + batch * kv_heads
         if program < shared_programs:
             _shared_part(
                 program, query, row_stride, cache, half_cache, block_table, table_stride, start, offset, cos, sin,
                 q_norm, shared, acc_parts, stat_parts, done, scale_log2, eps, num_heads, kv_heads, num_queries,
                 num_groups, group_size, shared_blocks, shared_splits, num_splits, shared_chunk, least_shared,
-                GROUP, HEAD_DIM, PAGE_SIZE, SHARED_ROWS, ROWS, SHARED_TOKENS, SEQUENCES, QUERIES, HEAD_PARTS,
-                NORM, PDL,
+                GROUP, HEAD_DIM, PAGE_SIZE, SHARED_ROWS, ROWS, SHARED_TOKENS, SEQUENCES, QUERIES, NORM, PDL,
             )  # fmt: skip
             return
         program -= shared_programs
     num_tiles = tl.cdiv(num_queries * GROUP, ROWS)
     sequence = program % batch
-    unit = program // batch % units
-    kv_head = unit // HEAD_PARTS
-    row_block = program // (batch * units) % num_tiles
-    split = program // (batch * units * num_tiles)
+    kv_head = program // batch % kv_heads
+    row_block = program // (batch * kv_heads) % num_tiles
+    split = program // (batch * kv_heads * num_tiles)
     row = row_block * ROWS + tl.arange(0, ROWS)
     query_index = row // GROUP
-    head = unit * GROUP + row % GROUP
+    head = kv_head * GROUP + row % GROUP
     is_row = query_index < num_queries
     line = (sequence * num_queries + query_index).to(tl.int64)
     column = tl.arange(0, HEAD_DIM)
@@ -255,10 +245,9 @@ def _attention_kernel(  # noqa: PLR0912, PLR0915 - one idea: a program's queries
     if FUSED:
         first, second = rotated_queries(query, row_stride, line, head, is_row, cos, sin, q_norm, eps, NORM, HALF)
         q = joined(first, second, ROWS, HEAD_DIM)
-        # The last part's program also takes the new keys and values, and that of a KV head's first unit writes them to their
-        # pages. What attention sees is what later passes will read: rounded to the cache's dtype.
+        # The last part's program also takes the new keys and values and writes them to their pages. What attention sees is
+        # what later passes will read: rounded to the cache's dtype.
         is_last = split == num_parts - 1
-        is_writer = unit % HEAD_PARTS == 0
         if NEW == 0:
             for new in tl.static_range(QUERIES):
                 new_line = (sequence * num_queries + new).to(tl.int64)
@@ -275,10 +264,9 @@ def _attention_kernel(  # noqa: PLR0912, PLR0915 - one idea: a program's queries
                 new_first = rounded(new_first, cache.dtype.element_ty)
                 new_second = rounded(new_second, cache.dtype.element_ty)
                 new_value = rounded(new_value, cache.dtype.element_ty)
-                is_written = (is_new & is_writer)[:, None]
-                tl.store(new_place + pair, new_first, mask=is_written)
-                tl.store(new_place + HALF + pair, new_second, mask=is_written)
-                tl.store(new_place + half_cache + column[None, :], new_value, mask=is_written)
+                tl.store(new_place + pair, new_first, mask=is_new[:, None])
+                tl.store(new_place + HALF + pair, new_second, mask=is_new[:, None])
+                tl.store(new_place + half_cache + column[None, :], new_value, mask=is_new[:, None])
                 products = first.to(tl.float32) * new_first.to(tl.float32)
                 products += second.to(tl.float32) * new_second.to(tl.float32)
                 score = tl.sum(products, axis=1) * scale_log2
@@ -302,9 +290,8 @@ def _attention_kernel(  # noqa: PLR0912, PLR0915 - one idea: a program's queries
             new_keys = rounded(joined(new_first, new_second, NEW, HEAD_DIM), cache.dtype.element_ty)
             new_values = rounded(new_values, cache.dtype.element_ty)
             new_place = cache + ((slot * kv_heads + kv_head) * HEAD_DIM)[:, None] + column[None, :]
-            is_written = (is_new & is_writer)[:, None]
-            tl.store(new_place, new_keys, mask=is_written)
-            tl.store(new_place + half_cache, new_values, mask=is_written)
+            tl.store(new_place, new_keys, mask=is_new[:, None])
+            tl.store(new_place + half_cache, new_values, mask=is_new[:, None])
             new_visible = is_new[None, :] & (new[None, :] <= query_index[:, None])
             top, total, acc = attend_tile(
                 q, new_keys.to(q.dtype), new_values.to(q.dtype), new_visible, top, total, acc, scale_log2
@@ -325,7 +312,7 @@ def _attention_kernel(  # noqa: PLR0912, PLR0915 - one idea: a program's queries
         keys, values = next_keys, next_values
 
     writes = True
-    tile_index = ((sequence * num_tiles + row_block) * units + unit).to(tl.int64)
+    tile_index = ((sequence * num_tiles + row_block) * kv_heads + kv_head).to(tl.int64)
     accs = acc_parts + tile_index * (num_splits + shared_splits) * ROWS * HEAD_DIM
     stats = stat_parts + tile_index * (num_splits + shared_splits) * 2 * ROWS
     if SPLIT:  # noqa: SIM102 - the outer condition is decided at compile time
@@ -344,8 +331,8 @@ def _attention_kernel(  # noqa: PLR0912, PLR0915 - one idea: a program's queries
         if SHARED:  # noqa: SIM102 - the outer condition is decided at compile time
             if begin > 0:
                 parts = tl.cdiv(begin, part_tokens(begin, shared_splits, shared_chunk, SHARED_TOKENS))
-                of_group = sequence // group_size * units + unit
-                left = done + num_groups * units
+                of_group = sequence // group_size * kv_heads + kv_head
+                left = done + num_groups * kv_heads
                 _wait_for_shared_parts(done + of_group, left + of_group, parts * shared_blocks, group_size)
                 accs += num_splits * ROWS * HEAD_DIM
                 stats += num_splits * 2 * ROWS
@@ -371,7 +358,7 @@ class _Shared:
 
     Args:
         rows, tokens, sequences: of a program's tile, 0 rows where nothing is shared.
-        blocks, splits: programs a group and unit: over sequences, and over positions, at most.
+        blocks, splits: programs a group and KV head: over sequences, and over positions, at most.
         chunk: at least so many positions a part.
     """
 
@@ -384,7 +371,7 @@ class _Shared:
     chunk: int = 1
 
 
-def _cut_shared(context: AttentionContext, rows_each: int, units: int, tokens: int) -> _Shared:
+def _cut_shared(context: AttentionContext, rows_each: int, kv_heads: int, tokens: int) -> _Shared:
     batch, device = context.start.shape[0], context.start.device
     if context.shared is None or context.shared.shape[0] == batch:
         return _Shared()
@@ -393,15 +380,8 @@ def _cut_shared(context: AttentionContext, rows_each: int, units: int, tokens: i
     rows = max(16, min(128, next_power_of_2(size * rows_each)))
     sequences = min(size, rows // rows_each)
     blocks = cdiv(size, sequences)
-    splits = max(1, min(sm_count(device) // (groups * blocks * units), cdiv(context.max_context, _LEAST_CHUNK)))
+    splits = max(1, min(sm_count(device) // (groups * blocks * kv_heads), cdiv(context.max_context, _LEAST_CHUNK)))
     return _Shared(groups, rows, tokens, sequences, blocks, splits, cdiv(_LEAST_CHUNK, tokens) * tokens)
-
-
-def _head_parts(queries: int, group: int) -> int:
-    """Over how many units the `group` query heads of a KV head are spread, so that a program holds a unit's query rows."""
-    return next(
-        parts for parts in range(1, group + 1) if group % parts == 0 and queries * group // parts <= _FUSED_ROWS
-    )
 
 
 def _launch_attention(
@@ -417,26 +397,24 @@ def _launch_attention(
     kv_heads, head_dim = layer_cache.shape[-2:]
     check_shapes(head_dim, context.page_size)
     group, queries = num_heads // kv_heads, context.num_queries
-    head_parts = _head_parts(queries, group) if fused else 1
-    group, units = group // head_parts, kv_heads * head_parts
     batch, device = context.start.shape[0], query.device
     rows = max(16, min(_FUSED_ROWS, next_power_of_2(queries * group)))
     # float32 products take no tensor cores: larger tiles would not fit the registers.
     tile = 32 if query.element_size() == 4 else _TILE_BYTES // (2 * max(head_dim, 64))
     tokens = 2 * tile if rows == 16 else tile
     row_blocks = cdiv(queries * group, rows)
-    tiles = batch * units * row_blocks
+    tiles = batch * kv_heads * row_blocks
     splits, min_chunk = _split(tiles, context.max_context, tokens, device)
-    shared = _cut_shared(context, queries * group, units, tile) if fused else _Shared()
+    shared = _cut_shared(context, queries * group, kv_heads, tile) if fused else _Shared()
     out = torch.empty((query.shape[0], num_heads * head_dim), dtype=query.dtype, device=device)
     parts = splits + shared.splits if splits + shared.splits > 1 else 0
     acc_parts = torch.empty((tiles * parts, rows, head_dim), dtype=torch.float32, device=device) if parts else out
     stat_parts = torch.empty((tiles * parts, 2, rows), dtype=torch.float32, device=device) if parts else out
-    arrivals = counters(device, tiles + 2 * shared.groups * units) if parts else out
+    arrivals = counters(device, tiles + 2 * shared.groups * kv_heads) if parts else out
     q_norm, k_norm = norms if norms else (query, query)
     launch(
         _attention_kernel,
-        (shared.groups * shared.blocks * units * shared.splits + tiles * splits,),
+        (shared.groups * shared.blocks * kv_heads * shared.splits + tiles * splits,),
         *(query, query.stride(0), layer_cache, layer_cache.stride(0), context.block_table),
         *(context.block_table.stride(0), context.start, context.offset, context.cos, context.sin, context.slots),
         *(q_norm, k_norm, context.start if context.shared is None else context.shared),
@@ -449,8 +427,7 @@ def _launch_attention(
         ROWS=rows,
         TOKENS=tokens,
         NEW=max(16, next_power_of_2(queries)) if queries > _FEW_QUERIES else 0,
-        QUERIES=queries if fused and (queries <= _FEW_QUERIES or shared.rows) else 1,
-        HEAD_PARTS=head_parts,
+        QUERIES=queries if fused else 1,
         FUSED=fused,
         NORM=norms is not None,
         SPLIT=splits > 1,
@@ -484,7 +461,7 @@ def attend(
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """`paged_attention(rope_and_write(...))`, in one launch where a sequence has at most 64 queries.
+    """`paged_attention(rope_and_write(...))`, in one launch where a sequence has few queries.
 
     Args:
         qkv: [R, (num_heads + 2 kv_heads) * head_dim], columns contiguous.
@@ -493,7 +470,8 @@ def attend(
     Returns:
         [R, num_heads * head_dim] in qkv's dtype.
     """
-    if context.num_queries > _FUSED_ROWS:
+    kv_heads = layer_cache.shape[-2]
+    if context.num_queries * (num_heads // kv_heads) > _FUSED_ROWS:
         query = rope_and_write(qkv, layer_cache, context, num_heads, q_norm, k_norm, eps)
         return paged_attention(query, layer_cache, context)
     norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)

@@ -1,7 +1,7 @@
 """What attention needs before it starts: positions turned into rotations and page slots, and queries and keys rotated.
 
-`make_context` is one launch a forward pass, shared by all layers. `rope_and_write` serves prefill chunks of more than 64
-tokens; shorter passes rotate inside attention itself, with the same `normed_and_rotated`.
+`make_context` is one launch a forward pass, shared by all layers. `rope_and_write` serves long prefill chunks; decode-like
+passes rotate inside attention itself, with the same `normed_and_rotated`.
 """
 
 from __future__ import annotations

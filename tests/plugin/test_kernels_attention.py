@@ -11,7 +11,6 @@ from torch import Tensor
 
 from smc_plugin.errors import ConfigError
 from smc_plugin.kernels import attention as kernels
-from smc_plugin.kernels import launch
 from smc_plugin.reference import attention
 from smc_plugin.reference import pages as reference_pages
 
@@ -94,14 +93,6 @@ def check(case: Pass) -> None:
         torch.testing.assert_close(ours, cache, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def attention_launches(case: Pass) -> list[tuple[bool, int]]:
-    """Whether each attention launch of `attend` is the fused one, and over how many units it spreads a KV head's queries."""
-    with launch.recording() as recorded:
-        kernels.attend(case.qkv, case.cache.clone(), case.context(kernels), case.num_heads, *case.norms)
-    named = [one.arguments for one in recorded if one.kernel.__name__ == "_attention_kernel"]
-    return [(arguments["FUSED"], arguments["HEAD_PARTS"]) for arguments in named]
-
-
 def test_context() -> None:
     case = make_pass([5, 31, 0], 3)
     ours, expected = case.context(kernels), case.context(attention)
@@ -122,34 +113,6 @@ def test_a_context_split_over_programs() -> None:
 @pytest.mark.parametrize("group", [1, 3, 4])
 def test_query_heads_that_share_a_key_head(group: int) -> None:
     check(make_pass([20, 9], 2, heads=(2 * group, 2), seed=group))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("norm", [False, True])
-def test_query_heads_cut_into_units(dtype: torch.dtype, norm: bool) -> None:
-    """9 queries of 8 heads are more rows than a program holds: two units a KV head, one launch."""
-    case = make_pass([0, 1, 37, 64], 9, heads=(16, 2), dtype=dtype, norm=norm)
-    check(case)
-    assert attention_launches(case) == [(True, 2)]
-
-
-@pytest.mark.parametrize(
-    ("num_queries", "heads", "units"),
-    [(9, (6, 2), 1), (9, (7, 1), 1), (10, (7, 1), 7), (2, (64, 1), 2), (64, (2, 1), 2), (65, (2, 1), 0)],
-)
-def test_least_number_of_units(num_queries: int, heads: tuple[int, int], units: int) -> None:
-    """A number that divides the heads of a KV head; none where even one has too many rows, which takes two launches."""
-    case = make_pass([5, 20], num_queries, heads=heads, head_dim=16)
-    check(case)
-    assert attention_launches(case) == ([(True, units)] if units else [(False, 1)])
-
-
-@pytest.mark.parametrize("num_queries", [2, 9])
-def test_units_and_a_context_split_over_programs(num_queries: int) -> None:
-    """The last part of the context takes the new keys and values, for every unit; the counters are left at zero."""
-    heads = 64 if num_queries == 2 else 8
-    check(make_pass([700, 3], num_queries, heads=(heads, 1)))
-    assert not kernels.counters(torch.device("cpu"), 1).any()
 
 
 @pytest.mark.parametrize("page_size", [4, 32])
@@ -185,7 +148,7 @@ def check_fp8(case: Pass) -> None:
         torch.testing.assert_close(ours.float(), cache.float(), rtol=0.13, atol=0.002, equal_nan=True)
 
 
-@pytest.mark.parametrize("num_queries", [1, 2, 5, 45, 70])
+@pytest.mark.parametrize("num_queries", [1, 2, 5, 45])
 def test_fp8_pages(num_queries: int) -> None:
     check_fp8(fp8_pages(make_pass([0, 1, 37], num_queries, heads=(8, 2))))
 
@@ -194,18 +157,13 @@ def test_fp8_pages_with_head_norms_and_split_contexts() -> None:
     check_fp8(fp8_pages(make_pass([300, 3], 2, heads=(4, 1), norm=True)))
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_fp8_pages_and_units(norm: bool) -> None:
-    check_fp8(fp8_pages(make_pass([300, 0, 17], 9, heads=(16, 2), norm=norm)))
-
-
 def test_prefill_chunk_then_decode() -> None:
-    whole = make_pass([0], 75, heads=(8, 2))
-    check(whole)  # 75 queries: the two-launch path
+    whole = make_pass([0], 45, heads=(8, 2))
+    check(whole)  # 45 * 4 query rows a KV head: the two-launch path
     expected, _ = whole.expected()
     cache = whole.cache.clone()
     outs = []
-    for first, count in ((0, 68), (68, 4), (72, 2), (74, 1)):
+    for first, count in ((0, 40), (40, 4), (44, 1)):
         rows = whole.qkv[first : first + count]
         part = Pass(rows, cache, torch.tensor([first]), whole.table, count, 8, 16, (None, None), whole.max_context)
         outs.append(kernels.attend(rows, cache, part.context(kernels), 8))
@@ -229,21 +187,15 @@ def test_particles_share_prompt_pages() -> None:
     check(case)
 
 
-@pytest.mark.parametrize(
-    ("num_queries", "group_size", "lead", "heads", "norm"),
-    [
-        *((1, 8, 100, 8, False), (2, 3, 64, 8, False), (5, 4, 150, 8, False), (9, 3, 40, 8, False)),
-        *((9, 3, 40, 16, False), (9, 4, 150, 16, True), (2, 3, 64, 128, True)),  # query heads cut into two units
-    ],
-)
+@pytest.mark.parametrize(("num_queries", "group_size", "lead"), [(1, 8, 100), (2, 3, 64), (5, 4, 150), (9, 3, 40)])
 def test_shared_pages_are_read_once_a_group(
-    num_queries: int, group_size: int, lead: int, heads: int, norm: bool, monkeypatch: pytest.MonkeyPatch
+    num_queries: int, group_size: int, lead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two groups: one shares its first `lead` positions' whole pages, the other none. Parts are short, so there are many."""
     monkeypatch.setattr(kernels, "_LEAST_SHARED", 32)
     monkeypatch.setattr(kernels, "_LEAST_CHUNK", 32)
     starts = [lead + 21] * group_size + [70] * group_size
-    case = make_pass(starts, num_queries, heads=(heads, 2), norm=norm)
+    case = make_pass(starts, num_queries, heads=(8, 2))
     pages = lead // case.page_size
     case.table[1:group_size, :pages] = case.table[0, :pages]
     expected, cache = case.expected()
@@ -251,7 +203,7 @@ def test_shared_pages_are_read_once_a_group(
     assert shared.tolist() == [pages, 0]
     ours = case.cache.clone()
     context = replace(case.context(kernels), shared=shared)
-    assert_same(kernels.attend(case.qkv, ours, context, case.num_heads, *case.norms), expected)
+    assert_same(kernels.attend(case.qkv, ours, context, case.num_heads), expected)
     torch.testing.assert_close(ours, cache, rtol=3e-6, atol=3e-6, equal_nan=True)
     assert not kernels.counters(ours.device, 1).any()
 
