@@ -87,10 +87,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--regions", choices=get_args(RegionChoice), default=ExecutorConfig.regions, help="default %(default)s"
     )
-    parser.add_argument(
-        *("--tune",),
-        action="store_true",
-        help="first find the fastest tactics at the base point's numbers of rows",
+    tactics = parser.add_mutually_exclusive_group()
+    tactics.add_argument(
+        "--tune", action="store_true", help="first find the fastest tactics at the base point's numbers of rows"
+    )
+    tactics.add_argument(
+        "--tactics", type=Path, metavar="REPORT", help="take those of an earlier run's --json, of --preset"
     )
     _add_sweep_options(parser)
     parser.add_argument(
@@ -281,6 +283,11 @@ def _check(args: argparse.Namespace) -> None:
         if value is not None and value < low:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} is {value}, expected at least {low}: raise it")
+    if args.tactics is not None and args.engine is not None:
+        raise ConfigError(
+            f"--tactics {args.tactics} was given beside --engine, an engine directory has its own: leave it out, or run "
+            f"smc-build --tune {args.engine}"
+        )
     if args.png is not None:
         plot.check_available(args.png)
     if (args.profile or args.trace) and ExecutorConfig(device=args.device).torch_device().type != "cuda":
@@ -354,7 +361,18 @@ def _load(args: argparse.Namespace) -> tuple[Engine, list[int] | None]:
         groups=max(point.batch for point in points),
         max_seq_len=max(point.prompt_tokens + point.output_tokens for point in points),
     )
-    return Engine.from_random(options, config), None
+    if args.tactics is None:
+        return Engine.from_random(options, config), None
+    tactics, told = report.read_tactics(args.tactics)
+    engine = Engine.from_random(options, config, tactics)
+    own = report.identity(engine)
+    if told != own:
+        differing = [name for name in own if told.get(name) != own[name]]
+        raise ConfigError(
+            f"--tactics {args.tactics} are of {', '.join(f'{name} {told.get(name)}' for name in differing)}, this run has "
+            f"{', '.join(f'{name} {own[name]}' for name in differing)}, expected the same: find them anew with --tune"
+        )
+    return engine, None
 
 
 def _tune(engine: Engine, plan: Plan) -> dict[str, Any]:

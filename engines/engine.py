@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -210,14 +210,21 @@ class Engine:
         return cls(manifest, weights, Tokenizer.load(folder) if folder is not None else None, config, path, ranks)
 
     @classmethod
-    def from_random(cls, options: BuildOptions, config: ExecutorConfig) -> Engine:
+    def from_random(
+        cls, options: BuildOptions, config: ExecutorConfig, tactics: Mapping[str, Any] | None = None
+    ) -> Engine:
         """Make an engine of a preset's shapes with seeded random weights, straight on the device and without files.
 
         The weights are those that `smc-build --random-weights` writes for the same options. For speed only.
+
+        Args:
+            options: what to build.
+            config: how to run it.
+            tactics: what tuning such an engine found, as a manifest holds them.
         """
         ranks = connect(options.tp, config)
         manifest, weights = random_engine(options)
-        return cls(manifest, weights, None, config, ranks=ranks)
+        return cls(replace(manifest, tactics=dict(tactics or {})), weights, None, config, ranks=ranks)
 
     @property
     def rank(self) -> int:

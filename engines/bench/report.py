@@ -24,23 +24,53 @@ from smc_engines.bench.measure import Sample
 from smc_engines.bench.points import Case
 from smc_engines.engine import Engine
 from smc_engines.report import engine_lines
-from smc_engines.tactics import tactics_of
+from smc_engines.tactics import ModelTactics, tactics_of
+from smc_plugin.errors import ConfigError
 
 _PACKAGES = ("torch", "triton", "transformers", "numpy")
 _SHOWN_KERNELS = 24
 _NAME_WIDTH = 44
 
 
-def describe(engine: Engine, case: Case, copy_tb_per_s: float) -> dict[str, Any]:
-    """What a row says before anything is measured: where, what and how many."""
+def identity(engine: Engine) -> dict[str, Any]:
+    """What tactics belong to: the GPU, the models, their types and how they are cut."""
     manifest = engine.manifest
     return {
         "gpu": device_name(engine.device),
-        "num_gpus": manifest.tp if engine.device.type == "cuda" else 0,
         "preset": manifest.name,
         "draft": manifest.draft.source if manifest.draft is not None else None,
         "dtype": describe_types(engine.precisions),
         "tp": manifest.tp,
+    }
+
+
+def read_tactics(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tactics of an earlier report, and what they belong to; see `identity`.
+
+    Raises:
+        ConfigError: it cannot be read, or is no report of a tuned run.
+    """
+    try:
+        found = json.loads(path.read_text())
+        tactics, row = found["tactics"], found["rows"][0]
+        if not tactics["models"]:
+            raise KeyError("models")
+        for values in tactics["models"].values():
+            ModelTactics.from_dict(values)
+        return tactics, {name: row[name] for name in ("gpu", "preset", "draft", "dtype", "tp")}
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"--tactics {path} does not read ({error!r}), expected the --json of a run with --tune: name such a file, "
+            "or use --tune"
+        ) from error
+
+
+def describe(engine: Engine, case: Case, copy_tb_per_s: float) -> dict[str, Any]:
+    """What a row says before anything is measured: where, what and how many."""
+    manifest = engine.manifest
+    return {
+        **identity(engine),
+        "num_gpus": manifest.tp if engine.device.type == "cuda" else 0,
         "mode": case.mode,
         "num_particles": case.num_particles,
         "num_draft_tokens": case.num_draft_tokens,

@@ -200,6 +200,44 @@ def test_wrong_options_are_refused(
     assert message in capsys.readouterr().err
 
 
+def test_tactics_of_an_earlier_run(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A CPU cannot tune, so the earlier report gets some here."""
+    _, earlier = run(models, "--modes", "target")
+    assert not earlier["rows"][0]["tuned"]
+    product = {"rows": 16, "columns": 64, "inner": 128, "splits": 3, "num_warps": 4, "num_stages": 6}
+    own = {"regions": {}, "products": {"o": {"8": {**product, "prefetch": 128, "swap": False}}}}
+    earlier["tactics"] = {"gpu": earlier["rows"][0]["gpu"], "models": {"target": own, "draft": own}}
+    path = models / "earlier.json"
+    path.write_text(json.dumps(earlier))
+    code, report = run(models, "--modes", "target,smc", "--tactics", path)
+    assert code == 0
+    assert report["tactics"] == earlier["tactics"]
+    assert [row["tuned"] for row in report["rows"]] == [True, True]
+    capsys.readouterr()
+    earlier["rows"][0]["gpu"] = "another GPU"
+    path.write_text(json.dumps(earlier))
+    assert run(models, "--tactics", path)[0] == 1
+    assert "are of gpu another GPU, this run has gpu " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [None, "no JSON", "[]", '{"tactics": {}, "rows": []}'])
+def test_tactics_that_do_not_read_are_refused(
+    models: Path, capsys: pytest.CaptureFixture[str], text: str | None
+) -> None:
+    path = models / "broken.json"
+    path.unlink(missing_ok=True)
+    if text is not None:
+        path.write_text(text)
+    assert run(models, "--tactics", path)[0] == 1
+    assert "expected the --json of a run with --tune: name such a file, or use --tune" in capsys.readouterr().err
+
+
+def test_tactics_are_not_for_engine_directories() -> None:
+    args = bench_cli.build_parser().parse_args(["--engine", "engines/any", "--tactics", "any.json"])
+    with pytest.raises(ConfigError, match="has its own: leave it out, or run smc-build --tune engines/any"):
+        bench_cli.run(args)
+
+
 def test_a_missing_matplotlib_names_the_extra(
     models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
