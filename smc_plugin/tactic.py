@@ -30,6 +30,8 @@ class Tactic:
         num_warps, num_stages: of a program.
         prefetch: inner rows of its own weights that a program asks for before it waits; a power of two, or 0.
         swap: compute the transposed product, weights on the left.
+        tail: rows beyond `rows` that a program multiplies with the same weights; a power of two, at least 16, or 0. 72 rows are
+            64 and 16 of them, where a tile alone would be 128.
     """
 
     rows: int
@@ -40,3 +42,9 @@ class Tactic:
     num_stages: int
     prefetch: int = 0
     swap: bool = False
+    tail: int = 0
+
+    @property
+    def height(self) -> int:
+        """Rows of a program."""
+        return self.rows + self.tail

@@ -168,9 +168,75 @@ def _load_squares(squares, first, num_parts, row, is_row, num_rows, PARTS: tl.co
     return tl.load(squares + part[None, :] * num_rows + row[:, None], mask=inside, other=0.0)
 
 
+@triton.jit
+def _load_rows(pointers, is_row, is_inner, EVEN_INNER: tl.constexpr):
+    """A tile of x. Only what can be ragged is masked: a mask costs the loop more than the load."""
+    if EVEN_INNER:
+        return tl.load(pointers, mask=is_row[:, None], other=0.0)
+    return tl.load(pointers, mask=is_row[:, None] & is_inner[None, :], other=0.0)
+
+
+@triton.jit
+def _store_part(part, acc, up_acc, is_row, GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Store a split's sums [ROWS, COLUMNS]."""
+    tl.store(part, acc, mask=is_row[:, None])
+    if GATED:
+        tl.store(part + ROWS * COLUMNS, up_acc, mask=is_row[:, None])
+
+
+@triton.jit
+def _add_parts(
+    parts, first, own, num_splits, is_row,
+    SIZE: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The sums of all splits, each SIZE long, in their order."""
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    up_acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for other in range(num_splits):
+        # .cg: other programs wrote these while this one ran; its first-level cache may not know.
+        part = parts + (first + other) * SIZE + own
+        acc += tl.load(part, mask=is_row[:, None], other=0.0, cache_modifier=".cg")
+        if GATED:
+            up_acc += tl.load(part + ROWS * COLUMNS, mask=is_row[:, None], other=0.0, cache_modifier=".cg")
+    return acc, up_acc
+
+
+@triton.jit
+def _finish(
+    acc, up_acc, added, parts, place, inside, row, is_row, column, is_column, column_tile, column_scale, up_scale, squares,
+    num_parts, eps, bias, out, next_norm, next_values, next_squares, num_rows, inner,
+    SCALED: tl.constexpr, PRENORMED: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
+    NORM_NEXT: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """What surrounds a product, and the stores, for one of a program's tiles of rows."""
+    if SCALED:
+        acc = acc * column_scale[None, :]
+        up_acc = up_acc * up_scale[None, :] if GATED else up_acc
+    if PRENORMED:
+        for later in range(PARTS, num_parts, PARTS):
+            parts += _load_squares(squares, later, num_parts, row, is_row, num_rows, PARTS)
+        scale = tl.rsqrt(tl.sum(parts, axis=1) / inner + eps)[:, None]
+        acc = acc * scale
+        up_acc = up_acc * scale
+    if BIAS:
+        acc += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        acc = acc / (1.0 + tl.exp(-acc)) * up_acc
+    if RESIDUAL:
+        acc += added.to(tl.float32)
+    result = acc.to(out.dtype.element_ty)
+    tl.store(out + place, result, mask=inside)
+    if NORM_NEXT:
+        # Of the rounded values, which is what the residual stream holds; beyond the columns they are 0.
+        wide = tl.where(inside, result.to(tl.float32), 0.0)
+        weights = tl.load(next_norm + column, mask=is_column, other=0.0).to(tl.float32)
+        tl.store(next_values + place, (wide * weights[None, :]).to(out.dtype.element_ty), mask=inside)
+        tl.store(next_squares + column_tile * num_rows + row, tl.sum(wide * wide, axis=1), mask=is_row)
+
+
 # A machine code for each number of rows or parts would help nobody, and take a second each to compile.
 @triton.jit(do_not_specialize=["num_rows", "num_parts", "num_splits"])
-def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decided at compile time
+def _linear_kernel(  # noqa: PLR0915 - the branches are variants decided at compile time
     x,
     x_stride,
     weight,
@@ -209,6 +275,7 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
     PARTS: tl.constexpr,
     LINE: tl.constexpr,
     SWAP: tl.constexpr,
+    TAIL: tl.constexpr,
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -225,7 +292,8 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
                 weight + columns * column_stride, inner_stride, column_stride, start, column_tile * COLUMNS, inner,
                 columns, INNER_MAJOR, COLUMNS, PREFETCH, LINE,
             )  # fmt: skip
-    row = row_tile * ROWS + tl.arange(0, ROWS)
+    # Rows come in two tiles, so that 72 need not be padded to 128: what is about the second is called tail.
+    row = row_tile * (ROWS + TAIL) + tl.arange(0, ROWS)
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     is_row, is_column = row < num_rows, column < columns
     k = start + tl.arange(0, INNER)
@@ -244,67 +312,70 @@ def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decide
     up_scale = tl.load(weight_scale + columns + column, mask=is_column, other=0.0) if SCALED and GATED else 0.0
     acc = tl.zeros([COLUMNS, ROWS] if SWAP else [ROWS, COLUMNS], tl.float32)
     up_acc = acc
+    if TAIL > 0:
+        tail_row = row_tile * (ROWS + TAIL) + ROWS + tl.arange(0, TAIL)
+        is_tail = tail_row < num_rows
+        tail_at = x + tail_row.to(tl.int64)[:, None] * x_stride + k[None, :]
+        tail_parts = _load_squares(squares, 0, num_parts, tail_row, is_tail, num_rows, PARTS) if PRENORMED else 0.0
+        tail_place = tail_row.to(tl.int64)[:, None] * columns + column[None, :]
+        tail_inside = is_tail[:, None] & is_column[None, :]
+        tail_added = tl.load(residual + tail_place, mask=tail_inside, other=0.0) if RESIDUAL else 0.0
+        tail_acc = tl.zeros([COLUMNS, TAIL] if SWAP else [TAIL, COLUMNS], tl.float32)
+        tail_up_acc = tail_acc
     for at in range(start, stop, INNER):
         is_inner = at + tl.arange(0, INNER) < stop
-        # Only what can be ragged is masked: a mask costs the loop more than the load.
-        if EVEN_INNER:
-            tile = tl.load(x_at, mask=is_row[:, None], other=0.0)
-        else:
-            tile = tl.load(x_at, mask=is_row[:, None] & is_inner[None, :], other=0.0)
+        tile = _load_rows(x_at, is_row, is_inner, EVEN_INNER)
         w = _load_weights(w_at, is_inner, is_column, EVEN_INNER, EVEN_COLUMNS)
-        acc = _product(tile, _widened(w, tile.dtype, PDL), acc, SWAP)
+        wide = _widened(w, tile.dtype, PDL)
+        acc = _product(tile, wide, acc, SWAP)
+        if TAIL > 0:
+            tail = _load_rows(tail_at, is_tail, is_inner, EVEN_INNER)
+            tail_acc = _product(tail, wide, tail_acc, SWAP)
+            tail_at += INNER
         if GATED:
             up = _load_weights(w_at + up_offset, is_inner, is_column, EVEN_INNER, EVEN_COLUMNS)
-            up_acc = _product(tile, _widened(up, tile.dtype, PDL), up_acc, SWAP)
+            wide = _widened(up, tile.dtype, PDL)
+            up_acc = _product(tile, wide, up_acc, SWAP)
+            if TAIL > 0:
+                tail_up_acc = _product(tail, wide, tail_up_acc, SWAP)
         x_at += INNER
         w_at += w_step
 
     if SWAP:
         acc, up_acc = tl.trans(acc), tl.trans(up_acc)
+        if TAIL > 0:
+            tail_acc, tail_up_acc = tl.trans(tail_acc), tl.trans(tail_up_acc)
     writes = True
     if SPLIT:
         MATRICES: tl.constexpr = 2 if GATED else 1
+        SIZE: tl.constexpr = MATRICES * (ROWS + TAIL) * COLUMNS
         tile_index = row_tile * tl.num_programs(0) + column_tile
         own = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         first = tile_index.to(tl.int64) * num_splits
-        part = acc_parts + (first + split) * MATRICES * ROWS * COLUMNS + own
-        tl.store(part, acc, mask=is_row[:, None])
-        if GATED:
-            tl.store(part + ROWS * COLUMNS, up_acc, mask=is_row[:, None])
+        _store_part(acc_parts + (first + split) * SIZE + own, acc, up_acc, is_row, GATED, ROWS, COLUMNS)
+        if TAIL > 0:
+            tail_own = MATRICES * ROWS * COLUMNS + tl.arange(0, TAIL)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+            tail_part = acc_parts + (first + split) * SIZE + tail_own
+            _store_part(tail_part, tail_acc, tail_up_acc, is_tail, GATED, TAIL, COLUMNS)
         writes = is_last_arrival(arrivals + tile_index, num_splits)
         if writes:
-            acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-            up_acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-            for other in range(num_splits):
-                # .cg: other programs wrote these while this one ran; its first-level cache may not know.
-                part = acc_parts + (first + other) * MATRICES * ROWS * COLUMNS + own
-                acc += tl.load(part, mask=is_row[:, None], other=0.0, cache_modifier=".cg")
-                if GATED:
-                    up_acc += tl.load(part + ROWS * COLUMNS, mask=is_row[:, None], other=0.0, cache_modifier=".cg")
+            acc, up_acc = _add_parts(acc_parts, first, own, num_splits, is_row, SIZE, GATED, ROWS, COLUMNS)
+            if TAIL > 0:
+                tail_acc, tail_up_acc = _add_parts(
+                    acc_parts, first, tail_own, num_splits, is_tail, SIZE, GATED, TAIL, COLUMNS
+                )
     if writes:
-        if SCALED:
-            acc = acc * column_scale[None, :]
-            up_acc = up_acc * up_scale[None, :] if GATED else up_acc
-        if PRENORMED:
-            for later in range(PARTS, num_parts, PARTS):
-                parts += _load_squares(squares, later, num_parts, row, is_row, num_rows, PARTS)
-            scale = tl.rsqrt(tl.sum(parts, axis=1) / inner + eps)[:, None]
-            acc = acc * scale
-            up_acc = up_acc * scale
-        if BIAS:
-            acc += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            acc = acc / (1.0 + tl.exp(-acc)) * up_acc
-        if RESIDUAL:
-            acc += added.to(tl.float32)
-        result = acc.to(out.dtype.element_ty)
-        tl.store(out + place, result, mask=inside)
-        if NORM_NEXT:
-            # Of the rounded values, which is what the residual stream holds; beyond the columns they are 0.
-            wide = tl.where(inside, result.to(tl.float32), 0.0)
-            weights = tl.load(next_norm + column, mask=is_column, other=0.0).to(tl.float32)
-            tl.store(next_values + place, (wide * weights[None, :]).to(out.dtype.element_ty), mask=inside)
-            tl.store(next_squares + column_tile * num_rows + row, tl.sum(wide * wide, axis=1), mask=is_row)
+        _finish(
+            acc, up_acc, added, parts, place, inside, row, is_row, column, is_column, column_tile, column_scale, up_scale,
+            squares, num_parts, eps, bias, out, next_norm, next_values, next_squares, num_rows, inner,
+            SCALED, PRENORMED, BIAS, GATED, RESIDUAL, NORM_NEXT, PARTS,
+        )  # fmt: skip
+        if TAIL > 0:
+            _finish(
+                tail_acc, tail_up_acc, tail_added, tail_parts, tail_place, tail_inside, tail_row, is_tail, column, is_column,
+                column_tile, column_scale, up_scale, squares, num_parts, eps, bias, out, next_norm, next_values,
+                next_squares, num_rows, inner, SCALED, PRENORMED, BIAS, GATED, RESIDUAL, NORM_NEXT, PARTS,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -471,10 +542,10 @@ def _linear(
     out = torch.empty((rows, columns), dtype=dtype or x.dtype, device=device)
     inner_per_split = _inner_per_split(inner, tactic)
     splits = cdiv(inner, inner_per_split)
-    grid = (cdiv(columns, tactic.columns), splits, cdiv(rows, tactic.rows))
+    grid = (cdiv(columns, tactic.columns), splits, cdiv(rows, tactic.height))
     acc_parts = arrivals = out
     if splits > 1:
-        elements = tactic.rows * tactic.columns * (2 if gated else 1)
+        elements = tactic.height * tactic.columns * (2 if gated else 1)
         acc_parts = torch.empty((grid[0] * grid[2] * splits, elements), dtype=torch.float32, device=device)
         arrivals = counters(device, grid[0] * grid[2])
     normed = None
@@ -508,6 +579,7 @@ def _linear(
         PARTS=min(max(16, 8192 // tactic.rows), next_power_of_2(max(num_parts, 1))),
         LINE=128 // element_bytes,
         SWAP=tactic.swap,
+        TAIL=tactic.tail,
         PREFETCH=tactic.prefetch,
         num_warps=tactic.num_warps,
         num_stages=tactic.num_stages,
