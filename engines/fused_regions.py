@@ -91,7 +91,7 @@ class FusedRegions:
             sizes = self.product(product, rows)
             default, found = self._matmul.default_tactic(sizes, self._gpu), self._tactics.product(product, rows)
             # A tile made for many more rows would mostly multiply padding.
-            fits = found is not None and found.rows == default.rows
+            fits = found is not None and (found.rows == default.rows or rows <= found.height <= default.rows)
             self._chosen[product, rows] = found if found is not None and fits else default
         return self._chosen[product, rows]
 

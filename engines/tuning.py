@@ -1,8 +1,9 @@
 """Times who computes each region fastest on the GPU present, and how to cut each product: `smc-build --tune`.
 
 First every product of the fused runner gets the best of its candidate tactics, timed inside whole forward passes:
-weights come from memory and not from a cache, and what one launch leaves the next to wait for counts. Then each runner
-is timed on each region. Everything is timed as CUDA graphs, launch gaps included.
+weights come from memory and not from a cache, and what one launch leaves the next to wait for counts. A tactic whose
+result is not the default's is left out. Then each runner is timed on each region. Everything is timed as CUDA graphs, launch
+gaps included.
 
 Example, Llama-1B at 8 rows on one H100: one graph is a pass of 16 layers, attention over a few hundred tokens included;
 o, gate_up, down and qkv try a dozen tactics each; then fused, plans and torch run the 15 blocks, and the least time per
@@ -45,6 +46,7 @@ from smc_plugin.tactic import Tactic
 _FLUSH_BYTES = _CACHED_BYTES = 256 << 20
 _REPLAYS = 5
 _GAIN = 0.998  # another tactic must be that much faster than the one so far
+_AGREES = 0.03  # how far its result may be from the default's, of its length; rounding makes less than a third of that
 _CONTEXT_TOKENS = 384  # that attention reads in a timed pass
 
 Say = Callable[[str], None]
@@ -167,7 +169,7 @@ class Tuner:
     def _tune_product(self, name: str, rows: int) -> Tactic:
         """The fastest tactic of one product, the others as found so far."""
         best, best_us = None, float("inf")
-        for tactic in self._candidates(name, rows):
+        for tactic in self._right_candidates(name, rows):
             us = self._product_us(name, rows, tactic)
             if us < best_us * _GAIN:
                 best, best_us = tactic, us
@@ -175,6 +177,23 @@ class Tuner:
         self._fused.choose(name, rows, best)
         self._say(f"{name:8} {rows:4} rows  {best_us:8.1f} us a {'head' if name == 'head' else 'pass'}  {best}")
         return best
+
+    def _right_candidates(self, name: str, rows: int) -> list[Tactic]:
+        """The candidates whose result is the default's but for rounding, here and on all ranks."""
+        region, candidates = _region_of(name, self._config), self._candidates(name, rows)
+        given, expected, wrong = self._activations(region, rows), None, set()
+        for place, tactic in enumerate(candidates):
+            self._fused.choose(name, rows, tactic)
+            found = self._fused.run(region, _some_layer(region), given)
+            if expected is None:
+                expected = found
+            elif not all(_agree(found[key], expected[key]) for key in expected):
+                wrong.add(place)
+        if self._ranks is not None:
+            wrong = set().union(*self._ranks.gather_objects(wrong))
+        for place in sorted(wrong):
+            self._say(f"{name:8} {rows:4} rows  wrong, and left out: {candidates[place]}")
+        return [tactic for place, tactic in enumerate(candidates) if place not in wrong]
 
     def _compare_passes(self, rows: Sequence[int], particles: int, found: ModelTactics) -> PassTimes | None:
         """Time a pass in one launch against one for each step, every step by whoever was fastest.
@@ -302,6 +321,10 @@ class Tuner:
         capability = torch.cuda.get_device_capability(self._weights["embed"].device)
         compiled = precompile(recorded, capability[0] * 10 + capability[1])
         self._say(f"{compiled} kernels compiled")
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    return bool((found.float() - expected.float()).norm() <= _AGREES * expected.float().norm())
 
 
 def _region_of(product: str, config: ModelConfig) -> str:

@@ -14,6 +14,9 @@ last program to finish a tile sums the parts in order, so results do not depend 
 FP8 weights are read as such, widened to x's type in registers (which holds them exactly), and their scales, one a
 column, multiply the accumulator at the end.
 
+Rows that a power of two would pad can be two tiles, which multiply the same weights (`Tactic.tail`): 72 are 64 and 16, where one
+tile has 128.
+
 Under programmatic dependent launch a program asks the L2 cache for its first weights before it waits for the kernel that
 makes x, so that the memory is busy while one product ends and the next begins (1 to 6 % of a pass on an H100).
 
@@ -236,7 +239,7 @@ def _finish(
 
 # A machine code for each number of rows or parts would help nobody, and take a second each to compile.
 @triton.jit(do_not_specialize=["num_rows", "num_parts", "num_splits"])
-def _linear_kernel(  # noqa: PLR0915 - the branches are variants decided at compile time
+def _linear_kernel(  # noqa: PLR0912, PLR0915 - the branches are variants decided at compile time
     x,
     x_stride,
     weight,
@@ -354,7 +357,9 @@ def _linear_kernel(  # noqa: PLR0915 - the branches are variants decided at comp
         first = tile_index.to(tl.int64) * num_splits
         _store_part(acc_parts + (first + split) * SIZE + own, acc, up_acc, is_row, GATED, ROWS, COLUMNS)
         if TAIL > 0:
-            tail_own = MATRICES * ROWS * COLUMNS + tl.arange(0, TAIL)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+            tail_own = (
+                MATRICES * ROWS * COLUMNS + tl.arange(0, TAIL)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+            )
             tail_part = acc_parts + (first + split) * SIZE + tail_own
             _store_part(tail_part, tail_acc, tail_up_acc, is_tail, GATED, TAIL, COLUMNS)
         writes = is_last_arrival(arrivals + tile_index, num_splits)
@@ -452,6 +457,7 @@ _TALL_FP8_TILES = (
     *((128, 64, 4), (64, 128, 4), (64, 64, 6), (128, 64, 6)),
     *((128, 128, 3), (64, 128, 3), (32, 128, 4), (64, 64, 4)),
 )
+_TAILED_TILES = ((64, 64, 6), (128, 64, 4), (64, 128, 4))
 _LEAST_TILE = (32, 32, 2)  # fits everywhere
 
 
@@ -476,24 +482,52 @@ def candidate_tactics(product: Product, gpu: Gpu) -> list[Tactic]:
     for tile_columns, deep, stages in tiles or [_LEAST_TILE]:
         tile_inner = min(deep, max(16, next_power_of_2(inner)))
         programs = cdiv(columns, tile_columns) * cdiv(rows, tile_rows)
-        splits = 1
-        while programs * splits * 4 <= 3 * sms and inner // (splits * 2) >= 2 * tile_inner:
-            splits *= 2
-        numbers = [splits, max(1, splits // 2)]
-        if programs * 2 * splits <= 3 * sms:
-            numbers.append(2 * splits)
-        # As many as run at once, for widths that powers of two suit badly: 40 tiles on 132 multiprocessors, 3 splits.
-        numbers.append(max(1, sms // programs))
-        for parts in dict.fromkeys(numbers):
-            if parts > splits and inner // parts < 2 * tile_inner:
-                continue
+        for parts in _splits(programs, inner, tile_inner, sms):
             prefetch = _prefetch_rows(product, tile_columns, inner // parts)
             found.append(Tactic(tile_rows, tile_columns, tile_inner, parts, _warps(tile_rows), stages, prefetch))
     # The best of the other order last: weights that are widened and many rows want them on the left.
     left = product.element_bytes < product.input_bytes and tile_rows > 32
     if product.input_bytes == 2:
         found = [replace(tactic, swap=left) for tactic in found] + [replace(one, swap=not left) for one in found[:4]]
+        found += _tailed_tactics(product, sms, room)
     return list(dict.fromkeys(found))
+
+
+def _splits(programs: int, inner: int, tile_inner: int, sms: int) -> list[int]:
+    """Numbers of splits worth timing for so many programs, the generally good one first."""
+    splits = 1
+    while programs * splits * 4 <= 3 * sms and inner // (splits * 2) >= 2 * tile_inner:
+        splits *= 2
+    numbers = [splits, max(1, splits // 2)]
+    if programs * 2 * splits <= 3 * sms:
+        numbers.append(2 * splits)
+    # As many as run at once, for widths that powers of two suit badly: 40 tiles on 132 multiprocessors, 3 splits.
+    numbers.append(max(1, sms // programs))
+    return [parts for parts in dict.fromkeys(numbers) if parts <= splits or inner // parts >= 2 * tile_inner]
+
+
+def _tailed_tactics(product: Product, sms: int, room: int) -> list[Tactic]:
+    """Tactics of rows in two tiles, 64 and 16 for 72: none where one tile is as small.
+
+    Transposed: a matrix instruction takes 64 columns of the weights and any few rows.
+    """
+    rows, columns, inner = product.rows, product.columns, product.inner
+    tile_rows = next_power_of_2(rows) // 2
+    tail = max(16, next_power_of_2(rows - tile_rows)) if tile_rows >= 16 else 0
+    if not 32 < rows <= 128 or tile_rows + tail >= next_power_of_2(rows):
+        return []
+    found = []
+    for tile_columns, deep, stages in _TAILED_TILES:
+        tile_inner = min(deep, max(16, next_power_of_2(inner)))
+        if _tile_bytes(product, tile_rows + tail, tile_columns, tile_inner, stages) > room:
+            continue
+        for parts in _splits(cdiv(columns, tile_columns), inner, tile_inner, sms):
+            prefetch = _prefetch_rows(product, tile_columns, inner // parts)
+            warps = 8 if tile_columns > 64 else 4
+            found.append(
+                Tactic(tile_rows, tile_columns, tile_inner, parts, warps, stages, prefetch, swap=True, tail=tail)
+            )
+    return found
 
 
 def _tiles(tile_rows: int, element_bytes: int) -> tuple[tuple[int, int, int], ...]:

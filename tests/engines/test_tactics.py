@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from smc_build.engine_dir import load_manifest, write_manifest
 from smc_build.weights import weight_shapes
 from smc_engines import region_choice
 from smc_engines.fused_regions import FusedRegions
+from smc_engines.model import PagedModel
 from smc_engines.region_choice import choose_regions
 from smc_engines.regions import SelectedRegions, TorchRegions
 from smc_engines.tactics import ModelTactics, RegionTimes, tactics_of
+from smc_engines.tuning import Tuner
 from smc_plugin.errors import EngineDirError
 from smc_plugin.tactic import Tactic
 from tests.tiny_models import make_checkpoint
@@ -112,6 +115,46 @@ def test_runners_without_a_gpu() -> None:
     many = replace(FOUND, products={"o": {72: Tactic(128, 64, 64, 2, 8, 4, 0)}})
     assert FusedRegions(entry.config, tensors, many).tactic("o", 72).rows == 128
     assert FusedRegions(entry.config, tensors, many).tactic("o", 20).rows == 32
+    # Two tiles, timed for 72, are none for 20 rows, nor for more than they hold.
+    two = Tactic(64, 64, 64, 2, 4, 4, 0, True, 16)
+    tailed = FusedRegions(entry.config, tensors, replace(FOUND, products={"o": {72: two, 100: two}}))
+    assert [tailed.tactic("o", rows) == two for rows in (20, 65, 72, 80, 81)] == [False, True, True, True, False]
+
+
+class Odd(FusedRegions):
+    """Heads that are right, right but for rounding, wrong or NaN, by their tactic's splits."""
+
+    OFF: ClassVar = {1: 0.0, 2: 0.01, 3: 0.1, 4: float("nan")}
+
+    def run(self, region: str, layer: int | None, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        assert region == "head"
+        splits = self.tactic("head", activations["hidden"].shape[0]).splits
+        return {"logits": torch.ones(8, 64) * (1 + self.OFF[splits])}
+
+
+class OneWrongMore:
+    """A second rank, on which the second candidate is wrong too."""
+
+    def gather_objects(self, value: set[int]) -> list[set[int]]:
+        return [value, {1}]
+
+
+@pytest.mark.parametrize(("ranks", "right"), [(None, [1, 2]), (OneWrongMore(), [1])])
+def test_tuning_leaves_out_what_is_wrong_on_any_rank(
+    ranks: Any, right: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, _ = random_engine(BuildOptions("llama-1b", draft="none", compiler="torch", max_seq_len=64))
+    config = replace(manifest.target.config, num_layers=2, vocab_size=64, hidden_size=64)
+    weights = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in weight_shapes(config).items()}
+    monkeypatch.setattr(Tuner, "_graph_us", staticmethod(lambda calls: 1.0))
+    monkeypatch.setattr("smc_engines.tuning._FLUSH_BYTES", 1024)
+    candidates = [Tactic(16, 64, 64, splits, 4, 4) for splits in (1, 2, 3, 4)]
+    monkeypatch.setattr("smc_engines.tuning.candidate_tactics", lambda product, gpu: candidates)
+    said: list[str] = []
+    model = cast("PagedModel", SimpleNamespace(config=config, weights=weights))
+    tuner = Tuner(model, {"fused": Odd(config, weights)}, 1, said.append, ranks)
+    assert [tactic.splits for tactic in tuner._right_candidates("head", 8)] == right
+    assert len([line for line in said if "wrong, and left out" in line]) == 4 - len(right)
 
 
 class Spy:

@@ -250,6 +250,28 @@ def test_fp8_products(rows: int) -> None:
         assert "mma" in one.ptx  # and are multiplied by the matrix units
 
 
+@pytest.mark.parametrize("fp8", [True, False])
+def test_rows_in_two_tiles(fp8: bool) -> None:
+    """Both tiles are multiplied by Hopper's instructions, from one read of the weights, and nothing spills."""
+    hidden, ffn = 4096, 14336
+    product = matmul.Product(72, ffn, hidden, True, 1 if fp8 else 2, 2)
+    tailed = [tactic for tactic in matmul.candidate_tactics(product, launch.Gpu()) if tactic.tail]
+    assert len(tailed) >= 3
+    weight = meta(2 * ffn, hidden, dtype=FP8) if fp8 else meta(hidden, 2 * ffn)
+    with launch.recording() as recorded:
+        for tactic in tailed:
+            matmul.gated(meta(72, hidden), weight, tactic, fp8, meta(2 * ffn, dtype=F32) if fp8 else None)
+    for tactic, one in zip(tailed, compile_all(recorded), strict=True):
+        assert one.spill_bytes == 0, tactic
+        steps = tactic.inner // 16 * 2
+        counts = [one.ptx.count(f"wgmma.mma_async.sync.aligned.m64n{rows}k16") for rows in (64, 16)]
+        assert counts == [steps, steps], tactic
+        # Four FP8 weights are two multiplications by 2^120, and each weight is widened once.
+        assert one.ptx.count("mul.rn.bf16x2") == (
+            tactic.columns * tactic.inner // (32 * tactic.num_warps) if fp8 else 0
+        )
+
+
 @pytest.mark.parametrize(("rows", "gated"), [(8, True), (72, False)])
 def test_shared_memory_of_fp8_candidates_is_what_is_reckoned(rows: int, gated: bool) -> None:
     hidden, columns = 4096, 28672
@@ -263,6 +285,6 @@ def test_shared_memory_of_fp8_candidates_is_what_is_reckoned(rows: int, gated: b
             else:
                 matmul.linear(x, weight, transpose_w=True, tactic=tactic, scale=scale)
     for tactic, one in zip(candidates, compile_all(recorded), strict=True):
-        reckoned = matmul._tile_bytes(product, tactic.rows, tactic.columns, tactic.inner, tactic.num_stages)
+        reckoned = matmul._tile_bytes(product, tactic.height, tactic.columns, tactic.inner, tactic.num_stages)
         assert one.shared_bytes <= reckoned * 8 // 7, tactic
         assert one.spill_bytes == 0, tactic

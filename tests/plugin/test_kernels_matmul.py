@@ -16,6 +16,8 @@ TACTICS = {
     "tall": Tactic(32, 16, 16, 1, 4, 3),
     "wide": Tactic(16, 64, 64, 2, 4, 3),
     "swapped": Tactic(16, 32, 32, 2, 4, 3, 0, True),
+    "tailed": Tactic(16, 32, 32, 2, 4, 3, 0, True, 16),
+    "tailed, not swapped nor split": Tactic(32, 16, 16, 1, 4, 3, tail=16),
 }
 
 
@@ -136,7 +138,7 @@ def test_candidates_start_with_the_default_and_fit_a_multiprocessor(
     assert found[0] == kernels.default_tactic(product, GPUS[gpu])
     assert len(set(found)) == len(found) >= (6 if gpu == "H100" and element_bytes == 2 and not gated else 1)
     for tactic in found:
-        used = kernels._tile_bytes(product, tactic.rows, tactic.columns, tactic.inner, tactic.num_stages)
+        used = kernels._tile_bytes(product, tactic.height, tactic.columns, tactic.inner, tactic.num_stages)
         assert used <= GPUS[gpu].shared_bytes
 
 
@@ -148,6 +150,25 @@ def test_some_candidate_keeps_all_multiprocessors_busy(columns: int, tiles: int,
     found = kernels.candidate_tactics(Product(72, columns, 4096), GPUS["H100"])
     assert (tiles, splits) in {(tactic.columns, tactic.splits) for tactic in found}
     assert 0.9 * 132 <= columns // tiles * splits <= 132
+
+
+@pytest.mark.parametrize(
+    ("rows", "tiles"), [(33, (32, 16)), (36, (32, 16)), (48, (32, 16)), (65, (64, 16)), (72, (64, 16)), (96, (64, 32))]
+)
+@pytest.mark.parametrize("element_bytes", [1, 2])
+def test_rows_that_a_power_of_two_would_pad_have_candidates_in_two_tiles(
+    rows: int, tiles: tuple[int, int], element_bytes: int
+) -> None:
+    product = Product(rows, 6144, 4096, False, element_bytes, 2)
+    tailed = [one for one in kernels.candidate_tactics(product, GPUS["H100"]) if one.tail]
+    assert {(one.rows, one.tail) for one in tailed} == {tiles}
+    assert all(one.swap and one.columns >= 64 and rows <= one.height for one in tailed)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16, 32, 49, 64, 97, 128, 129, 200])
+def test_other_rows_have_one_tile(rows: int) -> None:
+    assert not any(one.tail for one in kernels.candidate_tactics(Product(rows, 6144, 4096), GPUS["H100"]))
+    assert not any(one.tail for one in kernels.candidate_tactics(Product(72, 64, 64, False, 4, 4), GPUS["H100"]))
 
 
 def fp8(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
