@@ -14,8 +14,8 @@ last program to finish a tile sums the parts in order, so results do not depend 
 FP8 weights are read as such, widened to x's type in registers (which holds them exactly), and their scales, one a
 column, multiply the accumulator at the end.
 
-Rows that a power of two would pad can be two tiles, which multiply the same weights (`Tactic.tail`): 72 are 64 and 16, where one
-tile has 128.
+Rows that a power of two would pad can be two tiles, which multiply the same weights (`Tactic.tail`): 72 are 64 and 16, where
+one tile has 128.
 
 Under programmatic dependent launch a program asks the L2 cache for its first weights before it waits for the kernel that
 makes x, so that the memory is busy while one product ends and the next begins (1 to 6 % of a pass on an H100).
