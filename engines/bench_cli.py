@@ -23,7 +23,7 @@ from typing import Any, get_args
 
 import torch
 
-from smc_build.builder import BuildOptions
+from smc_build.builder import BuildOptions, random_engine
 from smc_build.command_line import CommandParser
 from smc_build.engine_dir import Role
 from smc_engines.bench import collectives, plot, profiling, report
@@ -92,7 +92,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--tune", action="store_true", help="first find the fastest tactics at the base point's numbers of rows"
     )
     tactics.add_argument(
-        "--tactics", type=Path, metavar="REPORT", help="take those of an earlier run's --json, of --preset"
+        "--tactics",
+        type=Path,
+        metavar="REPORT",
+        help="take those that an earlier run of --preset found, from its --json",
     )
     _add_sweep_options(parser)
     parser.add_argument(
@@ -178,6 +181,7 @@ def _measure(
         "date": date.today().isoformat(),
         "command": command,
         "copy_tb_per_s": copy_tb_per_s,
+        "identity": report.identity(engine.manifest, engine.device),
         "tactics": tactics,
         "rows": [],
         "failed": [],
@@ -185,6 +189,7 @@ def _measure(
         "profiles": [],
     }
     session = _Session(args, bench, copy_tb_per_s, found)
+    session.save_json()  # what tuning found is there whatever happens next
     session.measure(plan.base, args.repeats)
     for cases in plan.points:
         bench.renew()
@@ -216,7 +221,7 @@ class _Session:
                 report.make_row(engine, case, own, self._args.temperature, self._copy, collectives_us[case])
                 for case, own in samples.items()
             ]
-            self._save_json()
+            self.save_json()
 
         while left:
             engine = self._bench.engine
@@ -260,13 +265,14 @@ class _Session:
         self._save()
         self._bench.renew()
 
-    def _save_json(self) -> None:
+    def save_json(self) -> None:
+        """Write the report as it is now, if it is wanted."""
         self._found["resampling"] = report.resampling_summary(self._found["rows"])
         if self._args.json is not None:
             report.write_json(self._found, self._args.json)
 
     def _save(self) -> None:
-        self._save_json()
+        self.save_json()
         if self._args.png is not None and self._found["rows"]:
             plot.draw(self._found, self._args.png)
 
@@ -361,18 +367,10 @@ def _load(args: argparse.Namespace) -> tuple[Engine, list[int] | None]:
         groups=max(point.batch for point in points),
         max_seq_len=max(point.prompt_tokens + point.output_tokens for point in points),
     )
-    if args.tactics is None:
-        return Engine.from_random(options, config), None
-    tactics, told = report.read_tactics(args.tactics)
-    engine = Engine.from_random(options, config, tactics)
-    own = report.identity(engine)
-    if told != own:
-        differing = [name for name in own if told.get(name) != own[name]]
-        raise ConfigError(
-            f"--tactics {args.tactics} are of {', '.join(f'{name} {told.get(name)}' for name in differing)}, this run has "
-            f"{', '.join(f'{name} {own[name]}' for name in differing)}, expected the same: find them anew with --tune"
-        )
-    return engine, None
+    tactics = None
+    if args.tactics is not None:
+        tactics = report.read_tactics(args.tactics, random_engine(options)[0], config.torch_device())
+    return Engine.from_random(options, config, tactics), None
 
 
 def _tune(engine: Engine, plan: Plan) -> dict[str, Any]:

@@ -224,7 +224,9 @@ class Engine:
         """
         ranks = connect(options.tp, config)
         manifest, weights = random_engine(options)
-        return cls(replace(manifest, tactics=dict(tactics or {})), weights, None, config, ranks=ranks)
+        manifest = replace(manifest, tactics=dict(tactics or {}))
+        same_on_all(ranks, "tactics", manifest.tactics, "give every rank the same report")
+        return cls(manifest, weights, None, config, ranks=ranks)
 
     @property
     def rank(self) -> int:

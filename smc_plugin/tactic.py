@@ -44,6 +44,13 @@ class Tactic:
     swap: bool = False
     tail: int = 0
 
+    def __post_init__(self) -> None:
+        least = {"prefetch": 0, "tail": 0}
+        for name in ("rows", "columns", "inner", "splits", "num_warps", "num_stages", "prefetch", "tail"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least.get(name, 1):
+                raise ValueError(f"{name} of a tactic is {value!r}, expected a whole number from {least.get(name, 1)}")
+
     @property
     def height(self) -> int:
         """Rows of a program."""

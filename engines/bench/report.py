@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from smc_build.engine_dir import Manifest, ModelEntry, Role
 from smc_build.model_config import ModelConfig
 from smc_build.precision import describe_types
 from smc_engines.bench.floor import device_name, floor_bytes
@@ -32,44 +33,68 @@ _SHOWN_KERNELS = 24
 _NAME_WIDTH = 44
 
 
-def identity(engine: Engine) -> dict[str, Any]:
+def identity(manifest: Manifest, device: torch.device) -> dict[str, Any]:
     """What tactics belong to: the GPU, the models, their types and how they are cut."""
-    manifest = engine.manifest
+    draft = manifest.draft
+    entries: dict[Role, ModelEntry | None] = {"target": manifest.target, "draft": draft}
     return {
-        "gpu": device_name(engine.device),
+        "gpu": device_name(device),
         "preset": manifest.name,
-        "draft": manifest.draft.source if manifest.draft is not None else None,
-        "dtype": describe_types(engine.precisions),
+        "draft": draft.source if draft is not None else None,
+        "dtype": describe_types({role: entry.precision for role, entry in entries.items() if entry is not None}),
         "tp": manifest.tp,
+        "draft_tp": draft.tp if draft is not None else None,
     }
 
 
-def read_tactics(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tactics of an earlier report, and what they belong to; see `identity`.
+def read_tactics(path: Path, manifest: Manifest, device: torch.device) -> dict[str, Any]:
+    """The tactics of an earlier report of the same models on the same kind of device.
 
     Raises:
-        ConfigError: it cannot be read, or is no report of a tuned run.
+        ConfigError: the report cannot be read, has no tactics, or they belong to something else.
     """
+    own = identity(manifest, device)
     try:
         found = json.loads(path.read_text())
-        tactics, row = found["tactics"], found["rows"][0]
-        if not tactics["models"]:
-            raise KeyError("models")
-        for values in tactics["models"].values():
-            ModelTactics.from_dict(values)
-        return tactics, {name: row[name] for name in ("gpu", "preset", "draft", "dtype", "tp")}
+        tactics = found["tactics"]
+        told = found.get("identity") or _identity_of(found["rows"][0])
+        models = {role: ModelTactics.from_dict(values) for role, values in tactics["models"].items()} if tactics else {}
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"--tactics {path} does not read ({error!r}), expected the --json of a run with --tune: name such a file, "
             "or use --tune"
         ) from error
+    wanted = {"target"} if manifest.draft is None else {"target", "draft"}
+    if set(models) != wanted:
+        raise ConfigError(
+            f"--tactics {path} has tactics of {', '.join(sorted(models)) or 'no model'}, expected {', '.join(sorted(wanted))}: "
+            "name the --json of a run with --tune, or use --tune"
+        )
+    told = {**told, "gpu": tactics.get("gpu")}
+    differing = [name for name in own if told.get(name) != own[name]]
+    if differing:
+        theirs, ours = (", ".join(f"{name} {each.get(name)}" for name in differing) for each in (told, own))
+        raise ConfigError(
+            f"--tactics {path} has those of {theirs}, this run has {ours}, expected the same: find them anew with --tune"
+        )
+    if any("plans" in model.runners() for model in models.values()):
+        raise ConfigError(
+            f"--tactics {path} leaves regions to TensorRT plans, an engine in memory has none: expected the --json of a run "
+            "with --preset and --tune: name one, or use --tune"
+        )
+    return tactics
+
+
+def _identity_of(row: dict[str, Any]) -> dict[str, Any]:
+    """Of a report from before it had one of its own."""
+    return {"draft_tp": row["tp"] if row["draft"] is not None else None, **row}
 
 
 def describe(engine: Engine, case: Case, copy_tb_per_s: float) -> dict[str, Any]:
     """What a row says before anything is measured: where, what and how many."""
     manifest = engine.manifest
     return {
-        **identity(engine),
+        **identity(manifest, engine.device),
         "num_gpus": manifest.tp if engine.device.type == "cuda" else 0,
         "mode": case.mode,
         "num_particles": case.num_particles,

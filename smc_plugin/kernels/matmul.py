@@ -470,7 +470,7 @@ def candidate_tactics(product: Product, gpu: Gpu) -> list[Tactic]:
     """Tactics worth timing, the default first.
 
     Tiles that fit a multiprocessor; the inner dimension is split until there are about as many programs as multiprocessors,
-    once less and once more.
+    once less, once more, and into as many parts as run at once.
     """
     rows, columns, inner, sms = product.rows, product.columns, product.inner, gpu.sm_count
     tile_rows = min(128, max(16, next_power_of_2(rows)))

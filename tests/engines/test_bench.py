@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -200,24 +201,57 @@ def test_wrong_options_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_tactics_of_an_earlier_run(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A CPU cannot tune, so the earlier report gets some here."""
-    _, earlier = run(models, "--modes", "target")
-    assert not earlier["rows"][0]["tuned"]
+def earlier_report(models: Path) -> dict[str, Any]:
+    """A CPU cannot tune, so the report gets some tactics here."""
+    _, found = run(models, "--modes", "target")
     product = {"rows": 16, "columns": 64, "inner": 128, "splits": 3, "num_warps": 4, "num_stages": 6}
     own = {"regions": {}, "products": {"o": {"8": {**product, "prefetch": 128, "swap": False}}}}
-    earlier["tactics"] = {"gpu": earlier["rows"][0]["gpu"], "models": {"target": own, "draft": own}}
-    path = models / "earlier.json"
+    found["tactics"] = {"gpu": found["identity"]["gpu"], "models": {"target": own, "draft": own}}
+    return found
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_tactics_of_an_earlier_run(models: Path, old: bool) -> None:
+    """Reports from before `identity` have it in their rows."""
+    earlier, path = earlier_report(models), models / "earlier.json"
+    assert earlier["identity"].items() <= earlier["rows"][0].items()
+    if old:
+        del earlier["identity"], earlier["rows"][0]["draft_tp"]
     path.write_text(json.dumps(earlier))
     code, report = run(models, "--modes", "target,smc", "--tactics", path)
     assert code == 0
     assert report["tactics"] == earlier["tactics"]
-    assert [row["tuned"] for row in report["rows"]] == [True, True]
-    capsys.readouterr()
-    earlier["rows"][0]["gpu"] = "another GPU"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: found.update(tactics={}), "has tactics of no model, expected draft, target: name the --json"),
+        (lambda found: found["tactics"]["models"].pop("draft"), "has tactics of target, expected draft, target"),
+        (lambda found: found["tactics"].update(gpu="another GPU"), "has those of gpu another GPU, this run has gpu "),
+        (lambda found: found["identity"].update(tp=2, draft_tp=1), "has those of tp 2, this run has tp 1"),
+        (lambda found: found["identity"].update(draft_tp=2), "has those of draft_tp 2, this run has draft_tp 1"),
+        (
+            lambda found: found["tactics"]["models"]["target"]["regions"].update(
+                block={"8": {"choice": "plans", "us": {}}}
+            ),
+            "leaves regions to TensorRT plans, an engine in memory has none",
+        ),
+        (
+            lambda found: found["tactics"]["models"]["target"]["products"]["o"]["8"].update(splits="x"),
+            "splits of a tactic is 'x', expected a whole number from 1",
+        ),
+    ],
+)
+def test_tactics_of_something_else_are_refused(
+    models: Path, capsys: pytest.CaptureFixture[str], change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    earlier, path = earlier_report(models), models / "other.json"
+    change(earlier)
     path.write_text(json.dumps(earlier))
+    capsys.readouterr()
     assert run(models, "--tactics", path)[0] == 1
-    assert "are of gpu another GPU, this run has gpu " in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", [None, "no JSON", "[]", '{"tactics": {}, "rows": []}'])

@@ -143,11 +143,12 @@ def test_candidates_start_with_the_default_and_fit_a_multiprocessor(
 
 
 @pytest.mark.parametrize(
-    ("columns", "tiles", "splits"), [(5120, 128, 3), (2560, 64, 3), (2560, 128, 6), (3072, 128, 5)]
+    ("columns", "inner", "tiles", "splits"),
+    [(5120, 8192, 128, 3), (2560, 8192, 64, 3), (2560, 8192, 128, 6), (3072, 4096, 128, 5)],
 )
-def test_some_candidate_keeps_all_multiprocessors_busy(columns: int, tiles: int, splits: int) -> None:
-    """The qkv of Llama-70B over two and four ranks, of Llama-8B over two: powers of two leave 40 % idle, or take two turns."""
-    found = kernels.candidate_tactics(Product(72, columns, 4096), GPUS["H100"])
+def test_some_candidate_keeps_all_multiprocessors_busy(columns: int, inner: int, tiles: int, splits: int) -> None:
+    """The qkv of Llama-70B over two and four ranks, of Llama-8B over two: powers of two leave a quarter idle, or take turns."""
+    found = kernels.candidate_tactics(Product(72, columns, inner), GPUS["H100"])
     assert (tiles, splits) in {(tactic.columns, tactic.splits) for tactic in found}
     assert 0.9 * 132 <= columns // tiles * splits <= 132
 
