@@ -262,7 +262,7 @@ def test_the_next_command_leaves_room_for_a_prompt(folder: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("memory", "arguments", "found", "advice"),
     [
-        (1_000_000, [], "it needs 711 kB for weights and 393 kB for the KV pages", "copy the directory to a larger machine, and there:"),
+        (1_000_000, [], "it needs 711 kB for weights and 393 kB for the KV pages", "to a larger machine, and there:"),
         (1_000_000, ["--tp", "2"], "each of its 2 ranks needs", "500 kB of memory are free for each: copy"),
         (10**9, ["--tp", "2"], "mpirun is not installed, expected the extra mpi", "smc-engine[mpi]', and then:"),
     ],
