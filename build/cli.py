@@ -5,8 +5,8 @@
     smc-build --tune engines/big-tp1                                      on its GPU: find who computes what fastest
     smc-build --inspect engines/big-tp1                                   verify and describe an engine directory
 
-It prints the plan, shows progress on standard error and ends with time, path and the next command. Errors are one
-line, exit 1.
+It prints the plan, shows progress on standard error and ends with time, path and the next command, or what keeps that from
+running on this machine. Errors are one line, exit 1.
 """
 
 import argparse
@@ -40,10 +40,12 @@ class Terminal:
     """Progress on a terminal: the plan on standard output, bars on standard error."""
 
     def __init__(self) -> None:
+        self.shown: BuildPlan | None = None
         self._bar: tqdm | None = None
 
     def plan(self, plan: BuildPlan) -> None:
         """Print the plan."""
+        self.shown = plan
         print(describe(plan), end="\n\n", flush=True)
 
     def compiled(self, label: str, num_plans: int, num_bytes: int, seconds: float) -> None:
@@ -102,19 +104,49 @@ def main(argv: list[str] | None = None) -> int:
 def _build(arguments: dict[str, object], may_tune: bool) -> None:
     if arguments["checkpoint"] is None:
         raise ConfigError("nothing to build, expected --checkpoint: name a folder or a preset (--help lists them)")
-    started = time.perf_counter()
-    path = build_engine(BuildOptions(**arguments), Terminal())  # type: ignore[arg-type]
-    seconds = time.perf_counter() - started
+    started, terminal = time.perf_counter(), Terminal()
+    path = build_engine(BuildOptions(**arguments), terminal)  # type: ignore[arg-type]
+    seconds, plan = time.perf_counter() - started, terminal.shown
+    assert plan is not None  # a build shows its plan first
     prompt = '"Why is the sky blue?"' if tokenizer_path(path) is not None else "--prompt-ids 1,2,3"
-    longest = load_manifest(path, verify=False).max_seq_len
-    if longest < _ROOMY:
-        prompt += f" --max-tokens {longest // 2}"
-    print(f"Built {path} in {seconds:.1f} s. Next:\n\n    smc-run --engine {path} {prompt}", flush=True)
+    if plan.max_seq_len < _ROOMY:
+        prompt += f" --max-tokens {plan.max_seq_len // 2}"
+    obstacle = obstacle_here(plan)
+    print(f"Built {path} in {seconds:.1f} s. {obstacle or 'Next:'}\n\n    smc-run --engine {path} {prompt}", flush=True)
     if may_tune and torch.cuda.is_available():
-        if load_manifest(path, verify=False).tp > 1:
+        if plan.options.tp > 1:
             print(f"To find the fastest tactics, with a GPU for every rank:\n\n    smc-build --tune {path}", flush=True)
-        else:
+        elif obstacle is None:
             _tune_built(path)
+
+
+def obstacle_here(plan: BuildPlan) -> str | None:
+    """Why the engine does not run on this machine, and what to do before the command that comes next; None where it does."""
+    ranks, shortest = plan.options.tp, -(-plan.max_seq_len // plan.options.page_size)
+    if plan.num_pages < shortest:
+        each = f"each of its {ranks} ranks needs" if ranks > 1 else "it needs"
+        share = " for each" if ranks > 1 else ""
+        return (
+            f"It does not fit this machine: {each} {format_bytes(plan.rank_weight_bytes + plan.whole_pass_bytes)} for "
+            f"weights and {format_bytes(shortest * plan.page_bytes)} for the KV pages of one sequence, "
+            f"{format_bytes(plan.memory_bytes)} of {plan.memory_name} are free{share}: copy the directory to a larger machine, "
+            "and there:"
+        )
+    if ranks == 1:
+        return None
+    if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
+        return (
+            f"It does not run on this machine: GPUs here are {torch.cuda.device_count()}, expected one for each of its "
+            f"{ranks} ranks: copy the directory to a machine that has them, and there:"
+        )
+    # It belongs to the run time, which nothing else here needs.
+    from smc_engines.parallel.launch import find_mpirun  # noqa: PLC0415
+
+    try:
+        find_mpirun()
+    except ConfigError as error:
+        return f"It does not run here yet: {error}, and then:"
+    return None
 
 
 def _tune_built(path: Path) -> None:

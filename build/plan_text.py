@@ -32,7 +32,7 @@ def describe(plan: BuildPlan) -> str:
         f"  {'compiler':<13}{_describe_compiler(plan)}",
         f"  {'KV pages':<13}{plan.num_pages:,} of {options.page_size} tokens ({format_bytes(plan.page_bytes)} each) fit into "
         f"{format_bytes(plan.memory_bytes)} of free {plan.memory_name}; a request takes at most "
-        f"{plan.pages_per_request:,}",
+        f"{plan.pages_per_request:,} pages",
     ]
     if options.tp > 1:
         lines.append(

@@ -65,6 +65,56 @@ class Limits:
     max_seq_len: int
     vocab_size: int
     has_draft: bool
+    num_ranks: int
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Limits:
+        """The bounds that an engine's manifest sets."""
+        has_draft = manifest.draft is not None
+        return cls(
+            manifest.max_particles,
+            manifest.max_draft_tokens if has_draft else 0,
+            manifest.max_seq_len,
+            manifest.target.config.vocab_size,
+            has_draft,
+            manifest.tp,
+        )
+
+    def drafting(self, params: SamplingParams) -> tuple[int, int]:
+        """N and K of a request; needs no loaded engine.
+
+        Raises:
+            RequestError: the engine was not built for them.
+        """
+        n = params.num_particles if params.num_particles is not None else self.max_particles
+        k = params.num_draft_tokens if params.num_draft_tokens is not None else self.max_draft_tokens
+        n, k = (n if params.mode == "smc" else 1), (0 if params.mode == "target" else k)
+        if n > self.max_particles:
+            raise RequestError(
+                f"the request asks num_particles {n}, the engine was built for at most {self.max_particles}: lower it, "
+                f"or rebuild with --particles {n}"
+            )
+        if params.mode != "target" and not self.has_draft and k > 0:
+            raise RequestError(
+                f"mode {params.mode} needs a draft, the engine was built with --draft none: use mode target, or rebuild "
+                "with a draft"
+            )
+        if k > self.max_draft_tokens:
+            raise RequestError(
+                f"the request asks num_draft_tokens {k}, the engine was built for at most {self.max_draft_tokens}: "
+                f"lower it, or rebuild with --draft-tokens {k}"
+            )
+        if params.mode == "speculative" and k == 0:
+            raise RequestError(
+                "mode speculative needs num_draft_tokens of at least 1, got 0: raise it, or use mode target"
+            )
+        if self.num_ranks > 1 and params.exact_below > 0 and n > 1:
+            # Its verification looks at whole rows of probabilities, which no rank has.
+            raise RequestError(
+                f"exact_below is {params.exact_below:g}, an engine of {self.num_ranks} ranks verifies one sequence only: "
+                "drop it, or use mode speculative, or an engine of one rank"
+            )
+        return n, k
 
 
 @dataclass(frozen=True)
@@ -149,13 +199,7 @@ class Engine:
                 f"engine {manifest.name}: the target names {len(self.eos_ids)} end tokens, expected at most {MAX_EOS_IDS}: "
                 "shorten eos_token_id in the checkpoint and rebuild"
             )
-        self.limits = Limits(
-            manifest.max_particles,
-            manifest.max_draft_tokens if draft is not None else 0,
-            manifest.max_seq_len,
-            manifest.target.config.vocab_size,
-            draft is not None,
-        )
+        self.limits = Limits.of(manifest)
         self.max_groups = config.max_groups or manifest.max_groups
         self.page_size = manifest.page_size
         together(ranks, "check its GPU", self._check_fp8)
@@ -334,11 +378,7 @@ class Engine:
         Raises:
             RequestError: the request does not fit the engine; the message says what would.
         """
-        limits = self.limits
-        n = params.num_particles if params.num_particles is not None else limits.max_particles
-        k = params.num_draft_tokens if params.num_draft_tokens is not None else limits.max_draft_tokens
-        n, k = (n if params.mode == "smc" else 1), (0 if params.mode == "target" else k)
-        self._check(prompt, params, n, k)
+        n, k = self._check(prompt, params)
         greedy = params.temperature < COLDEST
         temperature = 1.0 if greedy else params.temperature
         top_k = 1 if greedy else params.top_k
@@ -363,35 +403,8 @@ class Engine:
             top_k,
         )
 
-    def _check_drafting(self, params: SamplingParams, n: int, k: int) -> None:
-        limits = self.limits
-        if n > limits.max_particles:
-            raise RequestError(
-                f"the request asks num_particles {n}, the engine was built for at most {limits.max_particles}: lower it, "
-                f"or rebuild with --particles {n}"
-            )
-        if params.mode != "target" and not limits.has_draft and k > 0:
-            raise RequestError(
-                f"mode {params.mode} needs a draft, the engine was built with --draft none: use mode target, or rebuild "
-                "with a draft"
-            )
-        if k > limits.max_draft_tokens:
-            raise RequestError(
-                f"the request asks num_draft_tokens {k}, the engine was built for at most {limits.max_draft_tokens}: "
-                f"lower it, or rebuild with --draft-tokens {k}"
-            )
-        if params.mode == "speculative" and k == 0:
-            raise RequestError(
-                "mode speculative needs num_draft_tokens of at least 1, got 0: raise it, or use mode target"
-            )
-        if self.ranks is not None and params.exact_below > 0 and n > 1:
-            # Its verification looks at whole rows of probabilities, which no rank has.
-            raise RequestError(
-                f"exact_below is {params.exact_below:g}, an engine of {self.manifest.tp} ranks verifies one sequence only: "
-                "drop it, or use mode speculative, or an engine of one rank"
-            )
-
-    def _check(self, prompt: Sequence[int], params: SamplingParams, n: int, k: int) -> None:
+    def _check(self, prompt: Sequence[int], params: SamplingParams) -> tuple[int, int]:
+        """Refuse what does not fit the engine; returns N and K."""
         limits = self.limits
         if not prompt:
             raise RequestError("the prompt is empty, expected at least one token: pass some text")
@@ -401,7 +414,7 @@ class Engine:
                     f"prompt token {token!r} is not in the vocabulary, expected 0 to {limits.vocab_size - 1}: "
                     "tokenize with the engine's own tokenizer"
                 )
-        self._check_drafting(params, n, k)
+        n, k = limits.drafting(params)
         if len(prompt) + params.max_tokens > limits.max_seq_len:
             raise RequestError(
                 f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}, together at most "
@@ -424,3 +437,4 @@ class Engine:
                 f"the request may need {pages} KV pages, the pool has {self.num_pages - 1}: lower max_tokens or "
                 "num_particles, or give the executor more memory"
             )
+        return n, k

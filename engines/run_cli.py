@@ -20,12 +20,13 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
 
-from smc_engines.engine import Engine
+from smc_build.engine_dir import load_manifest
+from smc_engines.engine import Engine, Limits
 from smc_engines.executor import Executor
 from smc_engines.explain import genealogy_text, write_genealogy
 from smc_engines.outputs import RequestOutput
@@ -34,7 +35,7 @@ from smc_engines.parallel.launch import follow_rank_0, start_ranks
 from smc_engines.report import engine_lines, request_lines, summary_lines, to_json
 from smc_engines.run_batch import Batch
 from smc_engines.run_options import RunOptions, parse
-from smc_engines.run_prompt import PromptBuilder, read_messages
+from smc_engines.run_prompt import PromptBuilder, read_lines, read_messages
 from smc_engines.sampling_params import SamplingParams
 from smc_plugin.errors import ConfigError, SmcError
 
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         options = parse(argv)
+        _check(options)
         start_ranks(options.engine, "smc_engines.run_cli", sys.argv[1:] if argv is None else argv)
         return _follow(options) if launched_rank() else _run(options)
     except SmcError as error:
@@ -63,9 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"smc-run: {error}: check the path, the disk and the permissions", file=sys.stderr)
         return 1
-    except UnicodeDecodeError as error:
-        print(f"smc-run: the input is not UTF-8, expected text, got {error}: save it as UTF-8", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("\nsmc-run: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -77,10 +76,9 @@ def _follow(options: RunOptions) -> int:
 
 
 def _run(options: RunOptions) -> int:
-    params = SamplingParams.from_mapping(options.sampling)
-    _check_files(options)
     prompt = _read_standard_input() if _wants_standard_input(options) else options.prompt
-    lines = None if options.input is None else options.input.read_text(encoding="utf-8-sig").splitlines()
+    lines = None if options.input is None else read_lines(options.input)
+    messages = None if options.messages is None else read_messages(options.messages)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     say = _Narrator(options.quiet)
@@ -88,15 +86,15 @@ def _run(options: RunOptions) -> int:
     started = time.perf_counter()
     executor = Executor.from_engine_dir(options.engine, options.executor)
     with contextlib.closing(executor.engine):
-        return _answer(options, executor, params, prompt, lines, say, started)
+        return _answer(options, executor, prompt, lines, messages, say, started)
 
 
 def _answer(
     options: RunOptions,
     executor: Executor,
-    params: SamplingParams,
     prompt: str | None,
     lines: list[str] | None,
+    messages: Any,
     say: _Narrator,
     started: float,
 ) -> int:
@@ -108,9 +106,10 @@ def _answer(
     if options.prompt_ids is not None:
         ids, chat = list(options.prompt_ids), False
     elif options.messages is not None:
-        ids, chat = prompts.from_messages(read_messages(options.messages)), True
+        ids, chat = prompts.from_messages(messages), True
     else:
         ids, chat = prompts.from_text(prompt or ""), prompts.uses_template
+    params = SamplingParams.from_mapping(options.sampling)
     executor.submit("prompt", ids, params)
     say(*request_lines(executor.engine, params, len(ids), chat))
     say(f"ready    in {time.perf_counter() - started:.1f} s", "")
@@ -130,7 +129,7 @@ def _run_prompt(options: RunOptions, executor: Executor, params: SamplingParams,
                     print(output.new_text, end="", flush=True)
     assert last is not None  # a submitted request always has a last output
     if options.json:
-        print(json.dumps(to_json(last, trace=options.explain), ensure_ascii=False))
+        print(_json_text(to_json(last, trace=options.explain)))
     else:
         print(flush=True)
         if executor.engine.tokenizer is None:
@@ -153,7 +152,7 @@ def _run_file(options: RunOptions, executor: Executor, prompts: PromptBuilder, l
         batch = Batch(executor, prompts, options.sampling, options.explain, interrupted.is_set)
         total = sum(bool(line.strip()) for line in lines)
         for result in tqdm(batch.run(lines), total=total, unit="request", file=sys.stderr, disable=options.quiet):
-            print(json.dumps(result, ensure_ascii=False), file=file, flush=True)
+            print(_json_text(result), file=file, flush=True)
     figures, seconds = batch.figures, time.perf_counter() - started
     missing = total - figures.finished - figures.failed
     say(
@@ -165,6 +164,20 @@ def _run_file(options: RunOptions, executor: Executor, prompts: PromptBuilder, l
     if interrupted.is_set():
         return INTERRUPTED
     return 1 if figures.failed else 0
+
+
+def _json_text(value: dict[str, Any]) -> str:
+    """One line of JSON, readable where UTF-8 can hold it; a line's id may be half a character."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isascii() or _is_utf_8(text) else json.dumps(value)
+
+
+def _is_utf_8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Narrator:
@@ -189,11 +202,20 @@ def _wants_standard_input(options: RunOptions) -> bool:
 
 
 def _read_standard_input() -> str:
-    return sys.stdin.read().rstrip("\n")
+    try:
+        return sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input is not UTF-8, expected text, got {error}: pass UTF-8") from None
+
+
+def _check(options: RunOptions) -> None:
+    """Refuse, before seconds of loading, what could only fail after them."""
+    params = SamplingParams.from_mapping(options.sampling)
+    _check_files(options)
+    Limits.of(load_manifest(options.engine, verify=False)).drafting(params)
 
 
 def _check_files(options: RunOptions) -> None:
-    """Refuse, before seconds of loading, what could only fail after them."""
     path = options.genealogy
     if path is not None and path.suffix not in (".svg", ".png"):
         raise ConfigError(f"--genealogy expects a name ending in .svg or .png, got {path}: rename it")
@@ -204,6 +226,8 @@ def _check_files(options: RunOptions) -> None:
     for name, file in (("--genealogy", path), ("--output", options.output)):
         if file is not None and not file.resolve().parent.is_dir():
             raise ConfigError(f"{name} {file}: expected an existing folder, got {file.parent}: create it first")
+        if file is not None and file.is_dir():
+            raise ConfigError(f"{name} {file} is a folder, expected a file to write: add a file's name")
 
 
 @contextlib.contextmanager

@@ -111,8 +111,10 @@ def parse_object(line: str) -> dict[str, Any]:
     """Parse a line that must hold one JSON object; raises RequestError."""
     try:
         value = json.loads(line)
-    except ValueError as error:
-        raise RequestError(f"the line is not JSON, expected one object, got {error}: correct it") from None
+    except (ValueError, RecursionError) as error:
+        # Its own "line 1" would be taken for the file's.
+        found = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise RequestError(f"the line is not JSON, expected one object, got {found}: correct it") from None
     if not isinstance(value, dict):
         raise RequestError(f"the line holds a {type(value).__name__}, expected a JSON object: correct it")
     return value
@@ -120,7 +122,30 @@ def parse_object(line: str) -> dict[str, Any]:
 
 def read_messages(path: Path) -> Any:
     """Read a JSON file of chat messages; their shape is checked with the template. Raises ConfigError."""
+    text = _read_text("--messages", path, "a JSON list of chat messages")
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read messages from {path}, expected a JSON list, got {error}: correct it") from None
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--messages {path} is not JSON, expected a list, got {error}: correct it") from None
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read a JSONL file's lines, which are not parsed yet. Raises ConfigError."""
+    # Not splitlines: it cuts at characters that JSON allows inside a string, such as U+2028.
+    return _read_text("--input", path, "a JSONL file, one request a line").split("\n")
+
+
+def _read_text(option: str, path: Path, expected: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"{option} {path} is missing, expected {expected}: correct the path or write it") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{option} {path} is a folder, expected {expected}: name a file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{option} {path} is not UTF-8, expected text, got {error}: save it as UTF-8") from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"{option} {path} cannot be read ({reason}), expected {expected}: check its permissions and the disk"
+        ) from None

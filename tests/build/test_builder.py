@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from smc_build.builder import BuildOptions, build_engine
-from smc_build.cli import main
+from smc_build.cli import main, obstacle_here
 from smc_build.engine_dir import is_engine_dir, load_manifest, load_weights, tokenizer_path
-from smc_build.plan import row_buckets
+from smc_build.plan import make_plan, row_buckets
 from smc_plugin.errors import EngineDirError
 from tests.tiny_models import make_checkpoint
 
@@ -257,6 +257,36 @@ def test_the_next_command_leaves_room_for_a_prompt(folder: Path, capsys: pytest.
         arguments = ["--checkpoint", "t", "--draft", "d", "--max-seq-len", str(length), "--name", f"e{length}"]
         assert main(arguments) == 0
         assert capsys.readouterr().out.endswith(ending)
+
+
+@pytest.mark.parametrize(
+    ("memory", "arguments", "found", "advice"),
+    [
+        (1_000_000, [], "it needs 711 kB for weights and 393 kB for the KV pages", "to a larger machine, and there:"),
+        (1_000_000, ["--tp", "2"], "each of its 2 ranks needs", "500 kB of memory are free for each: copy"),
+        (10**9, ["--tp", "2"], "mpirun is not installed, expected the extra mpi", "smc-engine[mpi]', and then:"),
+    ],
+)
+def test_an_engine_that_does_not_run_here_says_so_instead_of_what_is_next(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, memory, arguments, found, advice
+) -> None:
+    monkeypatch.setattr("smc_build.plan.device_memory", lambda: ("memory", memory))
+    monkeypatch.setattr("smc_engines.parallel.launch.shutil.which", lambda name: None)
+    monkeypatch.setattr("smc_engines.parallel.launch.sys.executable", str(folder / "python"))
+    assert main(["--checkpoint", "t", "--draft", "d", "--name", "x", *arguments]) == 0
+    end = capsys.readouterr().out.split("Built ")[1]
+    assert "Next:" not in end
+    assert found in end
+    assert advice in end
+    assert "\n\n    smc-run --engine engines/x-tp" in end
+
+
+def test_too_many_ranks_for_the_gpus_are_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smc_build.plan.device_memory", lambda: ("memory", 10**9))
+    plan = make_plan(BuildOptions("t", "d", tp=2))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert "GPUs here are 1, expected one for each of its 2 ranks" in str(obstacle_here(plan))
 
 
 def test_too_little_memory_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,13 +1,11 @@
 """Every wrong request gets its own clear error, and leaves nothing queued."""
 
 from dataclasses import replace
-from typing import cast
 
 import pytest
 
 from smc_engines.config import ExecutorConfig
 from smc_engines.executor import Executor
-from smc_engines.parallel.ranks import Ranks
 from smc_engines.sampling_params import SamplingParams
 from smc_plugin.errors import ConfigError, EngineDirError, RequestError
 from tests.toy import Toy, build
@@ -57,12 +55,11 @@ def test_a_request_that_does_not_fit_the_engine_says_what_would(toy: Toy, case: 
 
 def test_several_ranks_verify_one_sequence_only(toy: Toy) -> None:
     """No rank has the whole rows of probabilities that verifying several sequences needs."""
-    executor = toy.executor()
-    executor.engine.ranks = cast(Ranks, "the other ranks, which a refusal does not ask")
+    limits = replace(toy.executor().engine.limits, num_ranks=2)
     with pytest.raises(
-        RequestError, match=r"exact_below is 0.5, an engine of 1 ranks verifies one sequence only: drop"
+        RequestError, match=r"exact_below is 0.5, an engine of 2 ranks verifies one sequence only: drop"
     ):
-        executor.submit("a", (1,), replace(GOOD, exact_below=0.5))
+        limits.drafting(replace(GOOD, exact_below=0.5))
 
 
 PARAMETERS = {

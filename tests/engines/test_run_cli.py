@@ -241,8 +241,12 @@ def test_ctrl_c_prints_what_is_there_and_exits_130(engine_dir):
         (["--max-tokens", "4000", "x"], "together at most 2048 fit"),
         (["--prompt-ids", "1,2", "x"], "one source of prompts, got PROMPT and --prompt-ids"),
         (["--output", "x.jsonl", "x"], "--output needs --input"),
-        (["--input", "nowhere.jsonl"], "No such file"),
-        (["--messages", "nowhere.json"], "cannot read messages"),
+        (["--input", "nowhere.jsonl"], "--input nowhere.jsonl is missing, expected a JSONL file, one request a line: "),
+        (["--input", "."], "--input . is a folder, expected a JSONL file, one request a line: name a file"),
+        (["--input", "x" * 300], "cannot be read (File name too long), expected a JSONL file, one request a line: "),
+        (["--input", __file__, "--output", "/"], "--output / is a folder, expected a file to write: "),
+        (["--messages", "nowhere.json"], "--messages nowhere.json is missing, expected a JSON list of chat messages: "),
+        (["--messages", __file__], "is not JSON, expected a list, got "),
         (["--genealogy", "tree.pdf", "x"], "ending in .svg or .png"),
         (["--genealogy", "nowhere/tree.svg", "x"], "expected an existing folder"),
         (["--no-chat", "--system", "s", "x"], "excludes"),
@@ -264,7 +268,40 @@ def test_an_input_that_is_not_utf_8_is_refused(engine_dir, capsys, tmp_path):
     (tmp_path / "in.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
     code, out, err = run(engine_dir, capsys, "--input", tmp_path / "in.jsonl")
     assert (code, out) == (1, "")
-    assert err.startswith("smc-run: the input is not UTF-8, expected text, got 'utf-8' codec can't decode byte 0xe9")
+    assert "in.jsonl is not UTF-8, expected text, got 'utf-8' codec can't decode byte 0xe9" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--n", "9", "x"],
+        ["--k", "9", "x"],
+        ["--mode", "speculative", "--k", "0", "x"],
+        ["--n", "9", "--input", __file__],
+        ["--input", "nowhere.jsonl"],
+        ["--messages", "nowhere.json"],
+    ],
+)
+def test_what_cannot_run_is_refused_before_the_engine_is_loaded(engine_dir, executor, capsys, monkeypatch, arguments):
+    monkeypatch.setattr(Executor, "from_engine_dir", lambda *_: pytest.fail("the engine was loaded"))
+    code, out, err = run(engine_dir, capsys, *arguments)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    if arguments[-1] == "x":
+        with pytest.raises(RequestError) as caught:
+            executor.submit("a", [1], SamplingParams.from_mapping(parse(["--engine", "e", *arguments]).sampling))
+        assert err == f"smc-run: {caught.value}\n"
+
+
+def test_odd_lines_of_a_file_fail_or_pass_alone(engine_dir, capsys, tmp_path):
+    """A line separator inside a string, JSON too deep for the parser and half a character each ended the whole run."""
+    lines = ['{"prompt": "a\u2028b"}', "[" * 100_000, '{"prompt": "a", "id": "\\ud800"}', '{"prompt": "a", }']
+    (tmp_path / "in.jsonl").write_text("\r\n".join(lines), encoding="utf-8")
+    code, out, _ = run(engine_dir, capsys, *FLAGS, "--max-tokens", "2", "--input", tmp_path / "in.jsonl")
+    results = [json.loads(line) for line in out.split("\n")[:-1]]
+    assert (code, [result["id"] for result in results]) == (1, [1, 2, "\ud800", 4])
+    assert ["error" in result for result in results] == [False, True, False, True]
+    assert results[1]["error"].startswith("the line is not JSON, expected one object, got maximum recursion depth")
+    assert results[3]["error"].endswith("at column 17: correct it")
 
 
 def test_missing_engine_and_unknown_option_exit_1(capsys, tmp_path):
