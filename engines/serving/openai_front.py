@@ -44,6 +44,9 @@ from smc_engines.serving.triton_client import ERROR_OUTPUTS, ServingError, make_
 MODEL = "smc"
 DISCONNECT_POLL_S = 0.25
 GRACEFUL_SHUTDOWN_S = 8
+# A connection may idle for longer than clients keep theirs (5 s, and 60 s in front of proxies): the side that closes first had
+# better be the one that sends the next request, or a request meets a connection that is just being closed.
+KEEP_ALIVE_S = 75
 CLIENT_CLOSED = 499  # nobody reads it
 T = TypeVar("T")
 _STATUS = {
@@ -331,6 +334,7 @@ def main() -> None:
         port=options.port,
         log_level="warning",
         timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
+        timeout_keep_alive=KEEP_ALIVE_S,
         ssl_certfile=options.cert,
         ssl_keyfile=options.key,
     )

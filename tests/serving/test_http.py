@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import socket
@@ -224,6 +225,17 @@ def test_openai_client_that_hangs_up_frees_its_pages(service: Service, client: A
     stream.close()
     service.idle()
     assert service.status()["cancelled"] == before + 1
+
+
+def test_openai_connections_outlive_the_pools_of_clients(service: Service) -> None:
+    """httpx, and so the openai package, keeps an idle connection for 5 s: a server that closes it then may cut a request."""
+    connection = http.client.HTTPConnection("127.0.0.1", service.state["openai"], timeout=30)
+    for pause_s in (0, 6.5):
+        time.sleep(pause_s)
+        connection.request("GET", "/health")
+        answer = connection.getresponse()
+        assert (answer.status, answer.read() != b"") == (200, True)
+    connection.close()
 
 
 def test_openai_text_that_is_no_text(service: Service) -> None:
