@@ -57,7 +57,7 @@ def read_tactics(path: Path, manifest: Manifest, device: torch.device) -> dict[s
     try:
         found = json.loads(path.read_text())
         tactics = found["tactics"]
-        told = found.get("identity") or _identity_of(found["rows"][0])
+        told = dict(found.get("identity") or _identity_of(found["rows"][0]))
         models = {role: ModelTactics.from_dict(values) for role, values in tactics["models"].items()} if tactics else {}
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ConfigError(

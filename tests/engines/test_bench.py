@@ -254,7 +254,9 @@ def test_tactics_of_something_else_are_refused(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", [None, "no JSON", "[]", '{"tactics": {}, "rows": []}'])
+@pytest.mark.parametrize(
+    "text", [None, "no JSON", "[]", '{"tactics": {}, "rows": []}', '{"tactics": {}, "identity": "x"}']
+)
 def test_tactics_that_do_not_read_are_refused(
     models: Path, capsys: pytest.CaptureFixture[str], text: str | None
 ) -> None:
