@@ -68,10 +68,14 @@ class Service:
                 raise AssertionError(f"not within {timeout_s} s: {what}\n{self.output()[-4000:]}")
             time.sleep(0.05)
 
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """What it logged of one kind so far; a client can have its answer before the line about it is there."""
+        lines = self.output().split("\n")[:-1]  # the last is empty, or still being written
+        return [json.loads(line) for line in lines if f'"event": "{name}"' in line]
+
     def restarts(self) -> list[str]:
         """What it started again so far, and why."""
-        events = [json.loads(line) for line in self.output().splitlines() if '"event": "restart"' in line]
-        return [f"{event['name']} {event['reason']}" for event in events]
+        return [f"{event['name']} {event['reason']}" for event in self.events("restart")]
 
     def url(self, port: str, path: str) -> str:
         """Address of a page on one of the ports."""
